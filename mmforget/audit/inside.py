@@ -1,0 +1,193 @@
+"""What is left inside: similarity of features, neighbours, linear probe, relearning."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmforget.attacks.probe import ProbeResult, linear_probe
+from mmforget.attacks.relearning import (
+    Curve,
+    Labelled,
+    Mode,
+    Relearning,
+    curve_rows,
+    draw_shots,
+    normalised_area,
+    relearn,
+    worst_case,
+)
+from mmforget.audit.answers import proportion
+from mmforget.audit.intervals import Interval, grouped_jackknife, normal, t_interval
+from mmforget.audit.rows import Measured, Rows
+from mmforget.audit.scene import Scene, draw
+from mmforget.metrics.representation import knn_predict, linear_cka, procrustes
+from mmforget.seeds import generator
+
+RELEARNED = 0.8
+"""Share of the original's accuracy that counts as relearned."""
+
+
+# ---- representation -----------------------------------------------------------------------------
+
+
+def measure_representation(scene: Scene, rows: Rows) -> None:
+    """Add similarity, k-NN and probe rows of every model."""
+    for name in scene.names:
+        for split in (scene.seen("forgotten"), "test_retain"):
+            _similarity(scene, rows, name, split)
+        if scene.by_class:
+            _neighbours(scene, rows, name)
+            _probe(scene, rows, name)
+
+
+def _similarity(scene: Scene, rows: Rows, name: str, split: str) -> None:
+    targets = {"original": [scene.original] if name != scene.original else []}
+    targets["retrained"] = scene.references(name)
+    order = torch.randperm(
+        len(scene.ids[split]), generator=generator(scene.settings.seed, f"cka-order/{split}")
+    )
+
+    def features(model: str) -> Tensor:
+        return scene.features(model, split)[order]
+
+    def cka(others: list[str]) -> Measured:
+        own = features(name)
+        found = [linear_cka(own, features(o), scene.settings.cka_batch_size) for o in others]
+        value = float(np.mean([pair[0] for pair in found]))
+        error = float(np.mean([pair[1] for pair in found]))  # the same samples: errors add up
+        return Measured(value, normal(value, error, "jackknife over samples"), len(own))
+
+    def shape(others: list[str]) -> Measured:
+        own, rest = features(name), [features(other) for other in others]
+        if any(other.shape != own.shape for other in rest):
+            return Measured(None, note="features of different size")
+
+        def mean(mask: np.ndarray) -> float:
+            chosen = torch.as_tensor(mask)
+            return float(np.mean([procrustes(own[chosen], other[chosen]) for other in rest]))
+
+        interval = grouped_jackknife(mean, len(own), groups=5)
+        return Measured(mean(np.ones(len(own), dtype=bool)), interval, len(own))
+
+    for target, others in targets.items():
+        if others:
+            rows.add(f"cka_to_{target}", name, split, lambda o=others: cka(o))  # type: ignore[misc]
+            rows.add(
+                f"procrustes_to_{target}",
+                name,
+                split,
+                lambda o=others: shape(o),  # type: ignore[misc]
+            )
+
+
+def _neighbours(scene: Scene, rows: Rows, name: str) -> None:
+    @cache
+    def predicted() -> tuple[np.ndarray, Tensor]:
+        test = scene.outputs(name, "test")
+        gallery, query = test.of(scene.attack_ids), test.of(scene.eval_ids)
+        scene.features(name, "test")  # says what is missing
+        assert gallery.features is not None and query.features is not None
+        found = knn_predict(
+            gallery.features,
+            gallery.label,
+            query.features,
+            test.logits.shape[1],
+            scene.settings.neighbours,
+        )
+        return (found == query.label).numpy(), query.label
+
+    def part(forgotten: bool) -> Measured:
+        hits, label = predicted()
+        return proportion(hits[np.isin(label.numpy(), scene.forgotten_classes) == forgotten])
+
+    rows.add("knn_accuracy", name, "test_forgotten", lambda: part(True))
+    rows.add("knn_accuracy", name, "test_retain", lambda: part(False), direction="higher")
+
+
+def _probe(scene: Scene, rows: Rows, name: str) -> None:
+    @cache
+    def fitted() -> tuple[ProbeResult, Tensor]:
+        scene.features(name, "test")  # says what is missing
+        test, val = scene.outputs(name, "test"), scene.outputs(name, "val")
+        train, evaluation = test.of(scene.attack_ids), test.of(scene.eval_ids)
+        assert train.features is not None and evaluation.features is not None
+        assert val.features is not None
+        found = linear_probe(
+            (train.features, train.label), (val.features, val.label), evaluation.features
+        )
+        return found, evaluation.label
+
+    def part(mask: np.ndarray | None) -> Measured:
+        found, label = fitted()
+        hits = found.predicted == label.numpy()
+        note = "" if found.converged else "the fit did not converge"
+        result = proportion(hits if mask is None else hits[mask])
+        return Measured(
+            result.value,
+            result.interval,
+            result.n,
+            result.per_sample,
+            note=note,
+            details={"inverse_strength": found.strength},
+        )
+
+    label = scene.outputs(name, "test").of(scene.eval_ids).label.numpy()
+    gone = np.isin(label, scene.forgotten_classes)
+    rows.add("probe_recall", name, "test_forgotten", lambda: part(gone))
+    rows.add("probe_accuracy", name, "test", lambda: part(None))
+
+
+# ---- relearning ---------------------------------------------------------------------------------
+
+
+def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, object]]]:
+    """Attack every model and add the rows.
+
+    Returns:
+        Curves for `Results.curves`: ``relearning`` of the mode ``full``, ``relearning_head`` of the
+        mode ``head``.
+    """
+    settings, seed = scene.settings.relearning, scene.settings.seed
+    train = scene.dataset("train")
+    gone = np.flatnonzero(np.isin(train.ids, scene.ids["train_forgotten"]))
+    assert train.labels is not None  # checked when the outputs were collected
+    shots = []
+    for number in range(settings.seeds):
+        positions = gone[draw_shots(train.labels[gone], settings.shots, seed, number)]
+        shots.append(Labelled.of(train[positions.tolist()]))
+    used = torch.cat([_ids(train, gone, settings.shots, seed, n) for n in range(settings.seeds)])
+    split = scene.seen("forgotten")
+    forgotten = _some(scene, split, settings.evaluation_images, used)
+    retained = _some(scene, "test_retain", settings.evaluation_images, used)
+
+    found: dict[str, list[Curve]] = {}
+    problems: dict[str, Exception] = {}
+    for audited in scene.models:
+        name = audited.entry.name
+        try:
+            found[name] = relearn(audited.model, shots, forgotten, retained, settings, seed)
+        except Exception as problem:  # becomes the error of every relearning row of this model
+            problems[name] = problem
+    original = rows.value("accuracy", scene.original, scene.seen("forget")) or 0.0
+    if scene.original in found:
+        original = found[scene.original][0].accuracy[0]
+    target = RELEARNED * original
+
+    def result(name: str, mode: Mode) -> Relearning:
+        if name in problems:
+            raise problems[name]
+        return worst_case(found[name], mode, target)
+
+    anchors = [audited.entry.name for audited in scene.by_role("random_init")]
+    for mode in settings.modes:
+        for name in scene.names:
+            _relearning_rows(scene, rows, name, mode, result, anchors, len(forgotten.label), split)
+    curves: dict[str, list[dict[str, object]]] = {}
+    for mode, key in (("full", "relearning"), ("head", "relearning_head")):
+        if mode in settings.modes:
+            curves[key] = [r for name, c in found.items() for r in curve_rows(c, name, mode)]
+    return curves

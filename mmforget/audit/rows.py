@@ -1,0 +1,339 @@
+"""The table of all metrics, and the collector that turns every measurement into a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from mmforget.audit.intervals import Interval, equivalence_margin, equivalent
+from mmforget.audit.results import Direction, Family, MetricResult, finite_or_none
+from mmforget.metrics.summary import progress, retrained_z
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a metric is.
+
+    Attributes:
+        family: the question it answers.
+        direction: what a good value does.
+        unit: ``fraction`` (reports print percent), ``nats``, ``steps``, ``seconds``, ``bytes``,
+            ``passes`` or empty.
+        low, high: range of the value.
+        smallest: differences below this are never evidence of anything (s_min of the protocol).
+        meaning: one line for reports.
+    """
+
+    family: Family
+    direction: Direction
+    unit: str
+    low: float | None
+    high: float | None
+    smallest: float
+    meaning: str
+
+
+def _fraction(family: Family, direction: Direction, smallest: float, meaning: str) -> Spec:
+    return Spec(family, direction, "fraction", 0.0, 1.0, smallest, meaning)
+
+
+METRICS: dict[str, Spec] = {
+    # utility
+    "accuracy": _fraction("utility", "higher", 0.02, "share of right answers"),
+    "retain_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.01,
+        "accuracy on retained test images lost against the original model",
+    ),
+    "worst_class_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.03,
+        "largest loss of accuracy of a single retained class",
+    ),
+    "loss": Spec("utility", "closer_to_retrained", "nats", 0.0, None, 0.05, "mean cross-entropy"),
+    "calibration_error": _fraction(
+        "utility", "lower", 0.01, "expected calibration error, 15 bins, on retained test images"
+    ),
+    # forgetting, as seen in the answers
+    "h_mean": _fraction(
+        "forgetting", "higher", 0.01,
+        "harmonic mean of retained accuracy and drop against the original model",
+    ),
+    "h_mean_previous": _fraction(
+        "forgetting", "higher", 0.01,
+        "the same with the model before this request instead of the original",
+    ),
+    "adaptive_unlearning_score": Spec(
+        "forgetting", "higher", "", 0.0, None, 0.01, "(1 - retain drop) / (1 + forget accuracy)"
+    ),
+    "tug_of_war": _fraction(
+        "forgetting", "higher", 0.02,
+        "product of 1 - accuracy gap to retrained over forget, retain and test",
+    ),
+    "average_gap": _fraction(
+        "forgetting", "lower", 0.02,
+        "mean gap to retrained of forget, retain and test accuracy and membership AUC",
+    ),
+    "js_to_retrained": Spec(
+        "forgetting", "lower", "nats", 0.0, float(np.log(2)), 0.02,
+        "Jensen-Shannon divergence of the answers from those of retrained models",
+    ),
+    "kl_to_retrained": Spec(
+        "forgetting", "lower", "nats", 0.0, None, 0.05, "KL(retrained || model) of the answers"
+    ),
+    "activation_distance": Spec(
+        "forgetting", "lower", "", 0.0, float(np.sqrt(2)), 0.02,
+        "Euclidean distance of class probabilities from those of retrained models",
+    ),
+    "agreement": _fraction(
+        "forgetting", "closer_to_retrained", 0.02, "same answer as a retrained model"
+    ),
+    "zrf": _fraction(
+        "forgetting", "closer_to_retrained", 0.03,
+        "1 - JS / ln 2 to randomly initialised networks, on the forgotten images",
+    ),
+    # privacy
+    "membership_auc": _fraction(
+        "privacy", "closer_to_retrained", 0.05,
+        "forget set against label-matched test images by scaled confidence",
+    ),
+    "membership_tpr_at_1_percent": _fraction(
+        "privacy", "closer_to_retrained", 0.01, "members found at 1 % false positives"
+    ),
+    "membership_tpr_at_0.1_percent": _fraction(
+        "privacy", "closer_to_retrained", 0.01, "members found at 0.1 % false positives"
+    ),
+    "membership_transfer": _fraction(
+        "privacy", "closer_to_retrained", 0.05,
+        "mean membership probability of the forget set by an attack fitted on retained data",
+    ),
+    "membership_validity": _fraction(
+        "privacy", "none", 0.05,
+        "the same attack on retained training against test images; below 0.55 nothing is testable",
+    ),
+    # representation
+    "cka_to_original": Spec(
+        "representation", "closer_to_retrained", "", None, 1.0, 0.05,
+        "similarity of features to the original model (unbiased linear CKA)",
+    ),
+    "cka_to_retrained": Spec(
+        "representation", "higher", "", None, 1.0, 0.05,
+        "similarity of features to retrained models (unbiased linear CKA)",
+    ),
+    "procrustes_to_original": _fraction(
+        "representation", "closer_to_retrained", 0.05,
+        "distance of features from the original model after the best rotation",
+    ),
+    "procrustes_to_retrained": _fraction(
+        "representation", "lower", 0.05,
+        "distance of features from retrained models after the best rotation",
+    ),
+    "knn_accuracy": _fraction(
+        "representation", "closer_to_retrained", 0.03,
+        "nearest neighbours in the features, cosine, labelled unseen gallery",
+    ),
+    "probe_recall": _fraction(
+        "representation", "closer_to_retrained", 0.03,
+        "forgotten classes read from frozen features by a linear probe",
+    ),
+    "probe_accuracy": _fraction(
+        "representation", "closer_to_retrained", 0.03, "all classes, by the same probe"
+    ),
+    # relearning
+    "relearn_steps_full": Spec(
+        "relearning", "closer_to_retrained", "steps", 0.0, None, 1.0,
+        "few-shot steps to 80 % of the original accuracy, all layers, worst learning rate",
+    ),
+    "relearn_area_full": Spec(
+        "relearning", "closer_to_retrained", "", None, None, 0.05,
+        "area under the relearning curve: 0 random initialisation, 1 original; all layers",
+    ),
+    "relearn_retain_full": _fraction(
+        "relearning", "none", 0.02, "retained accuracy after that attack"
+    ),
+    "relearn_steps_head": Spec(
+        "relearning", "closer_to_retrained", "steps", 0.0, None, 1.0,
+        "few-shot steps to 80 % of the original accuracy, last layer only, worst learning rate",
+    ),
+    "relearn_area_head": Spec(
+        "relearning", "closer_to_retrained", "", None, None, 0.05,
+        "area under the relearning curve: 0 random initialisation, 1 original; last layer",
+    ),
+    "relearn_retain_head": _fraction(
+        "relearning", "none", 0.02, "retained accuracy after that attack"
+    ),
+    # cost
+    "seconds": Spec("cost", "lower", "seconds", 0.0, None, 0.0, "wall-clock time of the method"),
+    "sample_passes": Spec(
+        "cost", "lower", "passes", 0.0, None, 0.0, "forward passes of one image; backward counts 2"
+    ),
+    "peak_memory_bytes": Spec("cost", "lower", "bytes", 0.0, None, 0.0, "additional peak memory"),
+    "share_of_retraining": Spec(
+        "cost", "lower", "", 0.0, None, 0.0, "sample passes over those of retraining"
+    ),
+    "changed_parameters": _fraction(
+        "cost", "none", 0.0, "share of all parameters that differ from the original model"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outcome of one measurement, before it becomes a row.
+
+    Attributes:
+        value: None if censored or undefined; then `note` says why.
+        interval: 95 %.
+        n: number of samples behind it.
+        per_sample: (n,) values in id order whose mean is `value`; allows paired comparisons.
+        note, details, censored: see `MetricResult`.
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    n: int | None = None
+    per_sample: np.ndarray | None = None
+    note: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    censored: bool = False
+
+
+class Rows:
+    """Collects rows; a measurement that fails becomes a row with its error."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, str, str], MetricResult] = {}
+        self.per_sample: dict[tuple[str, str, str], np.ndarray] = {}
+
+    def add(
+        self,
+        metric: str,
+        model: str,
+        split: str,
+        measure: Callable[[], Measured],
+        direction: Direction | None = None,
+        target: float | None = None,
+        family: Family | None = None,
+    ) -> None:
+        """Measure and keep the row.
+
+        Args:
+            metric: a key of `METRICS`.
+            model: name of the model.
+            split: name of the data.
+            measure: does the work; whatever it raises is written into the row.
+            direction: instead of the usual one.
+            target: for the direction ``closer_to_value``.
+            family: instead of the usual one.
+        """
+        spec = METRICS[metric]
+        error = ""
+        try:
+            found = measure()
+        except Exception as problem:  # the row says so; the other metrics must still be measured
+            logger.warning("%s of %s on %s failed", metric, model, split, exc_info=True)
+            error = f"{type(problem).__name__}: {problem}"
+            found = Measured(None)
+        key = (metric, model, split)
+        if found.per_sample is not None:
+            self.per_sample[key] = found.per_sample
+        value = None if found.value is None else finite_or_none(found.value)
+        note = found.note
+        if value is None and not (error or note or found.censored):
+            note = "not finite"
+        bounds = _clipped(found.interval, spec)
+        self.rows[key] = MetricResult(
+            metric=metric,
+            model=model,
+            family=family or spec.family,
+            split=split,
+            value=value,
+            direction=direction or spec.direction,
+            target=target,
+            unit=spec.unit,
+            low=spec.low,
+            high=spec.high,
+            n=found.n,
+            ci_low=bounds[0],
+            ci_high=bounds[1],
+            ci_method=found.interval.method if found.interval and bounds[0] is not None else "",
+            censored=found.censored,
+            note=note,
+            error=error,
+            details={"meaning": spec.meaning} | found.details,
+        )
+
+    def get(self, metric: str, model: str, split: str = "") -> MetricResult | None:
+        """The row, or None."""
+        return self.rows.get((metric, model, split))
+
+    def value(self, metric: str, model: str, split: str = "") -> float | None:
+        """The value of the row, or None if there is no row or no value."""
+        row = self.get(metric, model, split)
+        return None if row is None else row.value
+
+    def half_width(self, metric: str, model: str, split: str, others: list[str]) -> float:
+        """Half the 95 % interval of the difference of a model to the mean of `others`.
+
+        Paired over samples where per-sample values are at hand, which is much narrower, since all
+        models answer the same questions; else half the model's own interval; 0 without one.
+        """
+        own = self.per_sample.get((metric, model, split))
+        rest = [self.per_sample.get((metric, other, split)) for other in others]
+        known = [values for values in rest if values is not None]
+        if own is not None and known and len(known) == len(rest) and len(own) > 1:
+            difference = own - np.mean(known, axis=0)
+            return 1.96 * float(difference.std(ddof=1)) / float(np.sqrt(len(own)))
+        row = self.get(metric, model, split)
+        if row is None or row.ci_low is None or row.ci_high is None:
+            return 0.0
+        return (row.ci_high - row.ci_low) / 2
+
+    def relate(self, retrained: list[str], original: str) -> None:
+        """Write into every row how it lies to the retrained models.
+
+        Adds to `details`: ``retrained_mean``, ``retrained_sd``, ``retrained_n``, ``retrained_z``,
+        ``progress`` (None: not discriminable) and, where it can be tested,
+        ``equivalent_to_retrained``.
+        """
+        for key, row in self.rows.items():
+            metric, model, split = key
+            others = [name for name in retrained if name != model]
+            values = [v for name in others if (v := self.value(metric, name, split)) is not None]
+            if model in retrained or row.value is None or not values or row.family == "cost":
+                continue
+            smallest = METRICS[metric].smallest
+            before = self.value(metric, original, split)
+            facts: dict[str, Any] = {
+                "retrained_mean": float(np.mean(values)),
+                "retrained_sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "retrained_n": len(values),
+                "retrained_z": retrained_z(row.value, values, smallest),
+            }
+            if before is not None:
+                facts["progress"] = progress(row.value, before, values, smallest)
+            own = self.per_sample.get(key)
+            rest = [self.per_sample.get((metric, name, split)) for name in others]
+            known = [found for found in rest if found is not None]
+            if row.unit == "fraction" and own is not None and len(own) > 1 and known:
+                margin = equivalence_margin(values)
+                facts["equivalence_margin"] = margin
+                facts["equivalent_to_retrained"] = equivalent(own - np.mean(known, axis=0), margin)
+            self.rows[key] = replace(row, details=row.details | facts)
+
+
+def _clipped(interval: Interval | None, spec: Spec) -> tuple[float | None, float | None]:
+    if interval is None:
+        return None, None
+    low, high = finite_or_none(interval.low), finite_or_none(interval.high)
+    if low is None or high is None:
+        return None, None
+    if spec.low is not None:
+        low, high = max(low, spec.low), max(high, spec.low)
+    if spec.high is not None:
+        low, high = min(low, spec.high), min(high, spec.high)
+    return low, high

@@ -1,0 +1,135 @@
+"""`mmforget forget`: run a method on one request or a sequence, save, audit, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmforget.cli.settings import checked_settings, requests_from
+
+HELP = """
+usage: mmforget forget [-c FILE] [options]
+
+Lets a model forget what a request names, or several requests one after the other. Leaves a run
+folder with the weights, the results of the audit and the report, and adds to the ledger.
+
+options, all of them also as keys of the YAML file:
+  -c, --config FILE       YAML file; options after it change single values
+  --model MODEL           a folder, a hub id, shipped:NAME, or a class such as ImageClassifier
+  --method METHOD         class name (mmforget list methods); --method.OPTION for its options
+  --data DATA             class name (mmforget list data); --data.OPTION for its options
+  --request.classes LIST  what to forget, such as '[3]' or '[seven]'; in YAML also a list of requests
+  --request.samples LIST  ids of single training samples instead
+  --trainer.OPTION VALUE  Lightning's trainer: max_epochs, devices, precision, ...
+  --audit.OPTION VALUE    retrained, held_out, controls, enabled, and what the audit measures
+  --run FOLDER            where the results go (default: runs/METHOD-REQUEST)
+  --resume                go on where an interrupted run stopped
+  --overwrite             replace an earlier run of this name
+  --ledger FILE           the ledger (default: ledger.jsonl beside the run folder)
+  --title TEXT            title of the report
+  --print_config          print the complete configuration and stop
+  --help-all              every option of every part, from the classes themselves
+
+examples:
+  mmforget forget -c configs/classifier/gs_lora_plus_plus.yaml
+  mmforget forget -c configs/classifier/ssd.yaml --request.classes '[7]' --run runs/sevens
+  mmforget forget --model shipped:digit_world/classifier_vit --method NegGradPlus \\
+      --data DigitWorld --request.classes '[3]' --trainer.max_epochs 5
+"""
+
+KEYS = (
+    "model",
+    "method",
+    "data",
+    "request",
+    "trainer",
+    "audit",
+    "run",
+    "resume",
+    "overwrite",
+    "ledger",
+    "title",
+    "seed_everything",
+)
+FLAGS = ("resume", "overwrite")
+REQUIRED = ("model", "method", "data", "request")
+
+
+def run(args: list[str]) -> int:
+    """Forget.
+
+    Raises:
+        MMForgetError: the settings are wrong, before anything is done.
+    """
+    settings = checked_settings("forget", args, KEYS, FLAGS, REQUIRED)
+    return _run(args, settings)
+
+
+def _run(args: list[str], settings: dict[str, Any]) -> int:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from mmforget.audit.results import Results
+    from mmforget.cli import building
+    from mmforget.cli.parsing import explained, find_class
+    from mmforget.methods.base import ForgettingMethod
+    from mmforget.sequence import AuditOptions, RunOptions, forget
+
+    parser, plain = forget_parser()
+    if "help-all" in settings:
+        parser.print_help()
+        return 0
+    config = explained(lambda: parser.parse_args(args), settings, plain)
+    requests = requests_from(building.parsed_requests(config))
+    built = explained(
+        lambda: building.build(parser, config, "model", "method", "data", "audit"), settings, plain
+    )
+    method_name = config.method.class_path.rpartition(".")[2]
+    method_class = find_class(config.method.class_path, ForgettingMethod)
+    audit = built.audit
+    folder = forget(
+        model=building.load_model(built.model),
+        method=built.method,
+        data=built.data,
+        requests=requests,
+        trainer=building.Trainers(parser, config.trainer, method_class.find_unused_parameters),
+        run=RunOptions(
+            folder=Path(config.run or f"runs/{method_name}-{requests[-1].name}"),
+            resume=config.resume,
+            overwrite=config.overwrite,
+            ledger=Path(config.ledger) if config.ledger else None,
+            title=config.title,
+        ),
+        audit=AuditOptions(
+            settings=audit.settings(),
+            retrained=audit.retrained,
+            held_out=audit.held_out,
+            controls=audit.controls,
+            enabled=audit.enabled,
+        ),
+        config=parser.dump(config),
+        original_source=building.settings_source(settings, "model"),
+    )
+    if rank_zero_only.rank == 0:
+        if audit.enabled:
+            print(Results.load(folder).verdict.sentence)
+            print(f"report:  {folder / 'report.html'}")
+        print(f"results: {folder}")
+    return 0
+
+
+def forget_parser() -> tuple[Any, dict[str, type]]:
+    """The full parser, and the sections that are one known class."""
+    from lightning.pytorch import Trainer
+
+    from mmforget.cli import building
+    from mmforget.cli.audit_section import AuditSection
+
+    parser = building.new_parser("forget")
+    building.add_model(parser)
+    building.add_method(parser)
+    building.add_data(parser)
+    building.add_request(parser, required=True)
+    building.add_trainer(parser, enable_checkpointing=False, enable_model_summary=False)
+    parser.add_argument("--audit", type=AuditSection, default=AuditSection())
+    building.add_run(parser)
+    return parser, {"trainer": Trainer, "audit": AuditSection}

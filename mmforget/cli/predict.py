@@ -1,0 +1,78 @@
+"""`mmforget predict`: a table with the predictions of a model for the test data."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from mmforget.cli.settings import EVALUATION_KEYS, checked_settings, shows_options
+
+HELP = """
+usage: mmforget predict [-c FILE] [options]
+
+Writes a CSV file with one row per test image: its id, its class if known, the predicted class and
+the probability of that.
+
+options, all of them also as keys of the YAML file:
+  -c, --config FILE       YAML file; options after it change single values
+  --model MODEL           a folder, a hub id, shipped:NAME, or a class such as ImageClassifier
+  --data DATA             class name (mmforget list data); --data.OPTION for its options
+  --trainer.OPTION VALUE  Lightning's trainer: accelerator, precision, ...
+  --out FILE              the table (default: predictions.csv); an existing file is not replaced
+  --print_config          print the complete configuration and stop
+  --help-all              every option of every part, from the classes themselves
+
+examples:
+  mmforget predict --model shipped:digit_world/classifier_vit --data DigitWorld
+  mmforget predict --model runs/fit/weights --data DigitWorld --out before.csv
+  mmforget predict --model runs/sevens/artifact --data DigitWorld --out after.csv
+"""
+
+COLUMNS = ("id", "label", "prediction", "probability")
+
+
+def run(args: list[str]) -> int:
+    """Predict.
+
+    Raises:
+        MMForgetError: the settings are wrong, or there is no such model.
+    """
+    settings = checked_settings("predict", args, (*EVALUATION_KEYS, "out"))
+    return _run(args, settings)
+
+
+def _run(args: list[str], settings: dict[str, Any]) -> int:
+    from mmforget.artifacts.run_folder import atomic_write
+    from mmforget.cli.train import TrainCLI
+    from mmforget.errors import ConfigurationError, RunExistsError
+
+    path = Path(str(settings.get("out") or "predictions.csv"))
+    if path.exists() and not shows_options(settings):
+        raise RunExistsError(f"the file '{path}' exists; choose another name with `--out`")
+    cli = TrainCLI("predict", args, settings)
+    if cli.trainer.world_size > 1:
+        raise ConfigurationError(
+            f"`mmforget predict` runs in one process, not {cli.trainer.world_size}; "
+            "set `--trainer.devices 1`"
+        )
+    names = cli.datamodule.class_names
+    data = cli.datamodule.dataset("test")
+    labels = {} if data.labels is None else dict(zip(data.ids, data.labels, strict=True))
+    batches = cli.trainer.predict(cli.model, cli.datamodule.loader(data)) or []
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(COLUMNS)
+    rows = 0
+    for batch in batches:
+        top = batch["probability"].max(dim=1).values.tolist()
+        found = zip(batch["id"].tolist(), batch["prediction"].tolist(), top, strict=True)
+        for sample, prediction, probability in found:
+            label = names[labels[sample]] if sample in labels else ""
+            table.writerow((sample, label, names[prediction], f"{probability:.6f}"))
+            rows += 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text.getvalue())
+    print(f"{rows} predictions: {path}")
+    return 0

@@ -1,0 +1,17 @@
+"""Labelled images, and the roles that they play in a request."""
+
+from __future__ import annotations
+
+from mmforget._lazy import lazy_attributes
+
+_EXPORTS = {
+    "mmforget.data.access": ("DataAccess",),
+    "mmforget.data.base": ("ForgetDataModule", "ImageDataset"),
+    "mmforget.data.digit_world": ("DigitWorld",),
+    "mmforget.data.huggingface": ("CIFAR10", "CIFAR100", "HuggingFaceData"),
+    "mmforget.data.image_folder": ("ImageFolderData",),
+    "mmforget.data.split": ("ForgetSplit",),
+    "mmforget.data.torchvision_data": ("TorchvisionData",),
+}
+
+__getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)

@@ -1,0 +1,330 @@
+"""How much each single weight matters for a set of samples, from exact per-sample gradients.
+
+The value of one sample is squared or made absolute *before* it is added to the others, so a batched
+backward is not enough: it would give the square of a sum, which depends on the batch size and on
+the order of the samples. Per-sample gradients come from one batched forward and backward:
+
+* layers of known form (linear, convolution, LayerNorm, BatchNorm in eval mode) from their recorded
+  inputs and output gradients, summed over positions before anything is squared;
+* parameters that broadcast over the batch (class token, position embedding) by giving every sample
+  its own copy;
+* everything else by `torch.func.vmap`, or by one backward per sample where that is unsupported.
+
+Nothing of this is trusted: on the first samples each parameter is compared with an ordinary
+backward of a single sample, and one that differs (a layer that mixes the batch axis, a weight used
+in two ways) goes to the last group.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmforget.errors import ConfigurationError, suggest
+from mmforget.models.base import Batch, HasLogits, HasLoss, Model, check_capabilities
+
+logger = logging.getLogger(__name__)
+
+ImportanceKind = Literal["empirical_fisher", "abs_l2_output"]
+Call = tuple[nn.Module, Tensor, Tensor]  # layer, its input, the gradient of its output
+
+MAX_CHUNK = 32
+CHUNK_BYTES = 2**28
+PROBES = 3
+
+
+class PerSampleImportance:
+    """Sums of per-sample importance over groups of samples, one value per trainable parameter.
+
+    With ``g_i`` the gradient of sample ``i`` at the given weights in eval mode:
+
+    * ``empirical_fisher``: the sum of ``g_i ** 2``, where ``g_i`` is the gradient of the model's
+      loss for the true label;
+    * ``abs_l2_output``: the sum of ``|g_i|``, where ``g_i`` is the gradient of the squared
+      Euclidean norm of the logits. Needs no labels.
+
+    The sums don't depend on batch size or order: every pass has the same shape (the last chunk is
+    filled up with repeats of weight 0), so that a sample gives the same bits wherever it stands,
+    and they are added up in float64.
+
+    Args:
+        model: the model; its frozen parameters are left out, tied ones are counted once.
+        kind: which importance, see above.
+        chunk: samples in one pass; None takes as many as keep the largest single-layer buffer below
+            256 MiB, at most 32. A batch smaller than the chunk costs as much as a whole chunk.
+
+    Raises:
+        CapabilityError: the model has no loss or no logits.
+        ConfigurationError: the kind is unknown, or nothing in the model can be trained.
+
+    Reference:
+        The two kinds: J. Foster et al., *Fast Machine Unlearning Without Retraining Through
+        Selective Synaptic Dampening*, AAAI 2024 (arXiv 2308.07707), and *Loss-Free Machine
+        Unlearning*, ICLR 2024 Tiny Papers (arXiv 2402.19308). Both repositories square or take
+        absolute values of gradients that are averaged over a batch, hence their results change
+        with the loader.
+    """
+
+    def __init__(self, model: Model, kind: ImportanceKind, chunk: int | None = None) -> None:
+        if kind not in get_args(ImportanceKind):
+            kinds = get_args(ImportanceKind)
+            raise ConfigurationError(f"`kind` is '{kind}', {suggest(kind, kinds)}")
+        need = HasLoss if kind == "empirical_fisher" else HasLogits
+        check_capabilities(f"importance '{kind}'", model, (need,))
+        self.kind: ImportanceKind = kind
+        self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        if not self.shapes:
+            raise ConfigurationError("no parameter of the model is trainable; unfreeze some first")
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        self.size = sum(sizes)
+        if chunk is not None and chunk < 1:
+            raise ConfigurationError(f"`chunk` is {chunk}, it must be at least 1")
+        self.chunk = chunk or max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * max(sizes))))
+        self._objective = _Objective(model, kind)
+        self._plan: _Plan | None = None
+        self._vmap_works = True
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Cut a vector of length `size` into one view per parameter, shaped like it."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {n: part.view(s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def add(self, batch: Batch, membership: Tensor, sums: Tensor) -> None:
+        """Add the importance of one batch.
+
+        Args:
+            batch: B samples.
+            membership: (groups, B) weight with which each sample counts in each group.
+            sums: (groups, `size`) accumulator, changed in place; float64 below 10 M parameters.
+
+        Raises:
+            ConfigurationError: a BatchNorm layer uses the statistics of the batch, so that there
+                is no such thing as the gradient of a single sample.
+        """
+        _refuse_batch_statistics(self._objective.model)
+        targets = [self.views(row) for row in sums]
+        for index in torch.arange(len(batch["weight"])).split(self.chunk):
+            weights = membership[:, index].double()
+            filled = torch.cat([index, index[:1].expand(self.chunk - len(index))])
+            weights = F.pad(weights, (0, self.chunk - len(index)))
+            part = {k: v[filled] for k, v in batch.items() if isinstance(v, Tensor)}
+            for name, gradient in self.gradients(part):
+                values = gradient.abs() if self.kind == "abs_l2_output" else gradient.square()
+                added = weights @ values.reshape(self.chunk, -1).double()
+                for target, value in zip(targets, added, strict=True):
+                    target[name] += value.view(self.shapes[name])
+
+    def gradients(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, (B, *shape) per-sample gradients) of one batch, parameter by parameter."""
+        if self._plan is None:
+            self._plan = self._make_plan(batch)
+        plan = self._plan
+        yield from self._batched(batch, plan.layers, plan.expanded)
+        if plan.rest:
+            yield from self._remaining(batch, plan.rest)
+
+    # ---- the plan ---------------------------------------------------------------------------
+
+    def _make_plan(self, batch: Batch) -> _Plan:
+        """Choose the fastest way that reproduces ordinary backward passes, per parameter."""
+        count = min(PROBES, len(batch["weight"]))
+        probe = {k: v[:count] for k, v in batch.items() if isinstance(v, Tensor)}
+        layers = self._known_layers()
+        by_layer = {name for names in layers.values() for name in names.values()}
+        expanded = [n for n, s in self.shapes.items() if n not in by_layer and s and s[0] == 1]
+        truth = dict(self._by_loop(probe, list(self.shapes)))
+        scale = 1e-6 * torch.stack([t.norm() for t in truth.values()]).norm()
+        try:
+            fast = dict(self._batched(probe, layers, expanded))
+        except RuntimeError as error:  # a network that doesn't broadcast its one-row parameters
+            logger.info("per-sample copies of %s do not fit the network: %s", expanded, error)
+            expanded = []
+            fast = dict(self._batched(probe, layers, expanded))
+        good = {
+            name
+            for name, value in fast.items()
+            if (value - truth[name]).norm() <= 1e-3 * truth[name].norm() + scale
+        }
+        rest = [name for name in self.shapes if name not in good]
+        if rest:
+            logger.info("per-sample gradients by vmap for %s", ", ".join(rest))
+        return _Plan(
+            {m: {k: n for k, n in names.items() if n in good} for m, names in layers.items()},
+            [name for name in expanded if name in good],
+            rest,
+        )
+
+    def _known_layers(self) -> dict[nn.Module, dict[str, str]]:
+        """Layers of known form with the qualified names of their own trainable parameters."""
+        name_of = {id(p): n for n, p in self._objective.model.named_parameters()}
+        layers: dict[nn.Module, dict[str, str]] = {}
+        for module in self._objective.model.modules():
+            if isinstance(module, nn.Conv2d):
+                known = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            else:
+                known = isinstance(module, nn.Linear | nn.LayerNorm | nn.BatchNorm2d)
+            if known:
+                own = {k: name_of[id(p)] for k, p in module.named_parameters(recurse=False)}
+                own = {k: n for k, n in own.items() if n in self.shapes}
+                if own:
+                    layers[module] = own
+        return layers
+
+    # ---- three ways to the same gradients -------------------------------------------------------
+
+    def _batched(
+        self, batch: Batch, layers: dict[nn.Module, dict[str, str]], expanded: list[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """One forward and backward for the whole batch; no gradient of any weight is formed."""
+        size = len(batch["weight"])
+        fixed = {n: p.detach() for n, p in self._objective.model.named_parameters()}
+        copies = {
+            n: fixed[n].expand(size, *self.shapes[n][1:]).clone().requires_grad_() for n in expanded
+        }
+        seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            # The first layers see no gradient, since the weights are constants here.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            seen.append((module, inputs[0].detach(), output))
+            return output
+
+        handles = [m.register_forward_hook(record) for m, names in layers.items() if names]
+        try:
+            with torch.enable_grad():
+                total = self._objective.call(batch, fixed | copies).sum()
+        finally:
+            for handle in handles:
+                handle.remove()
+        leaves = [*copies.values(), *(output for _, _, output in seen)]
+        if not leaves:
+            return
+        got = torch.autograd.grad(total, leaves, allow_unused=True)
+        for name, gradient in zip(copies, got[: len(copies)], strict=True):
+            if gradient is not None:
+                yield name, gradient.unsqueeze(1)
+        calls: dict[str, list[tuple[str, Call]]] = {}
+        for (module, entered, _), gradient in zip(seen, got[len(copies) :], strict=True):
+            if gradient is not None:
+                for kind, name in layers[module].items():
+                    calls.setdefault(name, []).append((kind, (module, entered, gradient)))
+        seen.clear()
+        del got, leaves, total
+        for name in list(calls):  # a layer used twice, or a tied weight, adds up before the square
+            parts = [_layer_gradient(kind, call, size) for kind, call in calls.pop(name)]
+            yield name, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _remaining(self, batch: Batch, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """`vmap`, and one by one from the first time on that the network does not support it."""
+        found: Iterable[tuple[str, Tensor]] | None = None
+        if self._vmap_works:
+            try:
+                found = self._by_vmap(batch, names).items()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # an operation without batching rule, or in place
+                logger.warning("vmap is not supported by this network (%s); one by one", error)
+                self._vmap_works = False
+        yield from found or self._by_loop(batch, names)
+
+    def _by_vmap(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        """`vmap` over single samples, for parameters that no shortcut reproduces."""
+        fixed = {n: p.detach() for n, p in self._objective.model.named_parameters()}
+        chosen = {n: fixed[n] for n in names}
+
+        def value(parameters: dict[str, Tensor], sample: dict[str, Tensor]) -> Tensor:
+            one = {k: v.unsqueeze(0) for k, v in sample.items()}
+            return self._objective.call(one, fixed | parameters).squeeze(0)
+
+        return torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(chosen, dict(batch))
+
+    def _by_loop(self, batch: Batch, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """One backward per sample: slow, and right by definition."""
+        fixed = {n: p.detach() for n, p in self._objective.model.named_parameters()}
+        leaves = {n: fixed[n].clone().requires_grad_() for n in names}
+        rows: dict[str, list[Tensor]] = {n: [] for n in names}
+        for i in range(len(batch["weight"])):
+            one = {k: v[i : i + 1] for k, v in batch.items()}
+            with torch.enable_grad():
+                value = self._objective.call(one, fixed | leaves).sum()
+            got = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(names, got, strict=True):
+                rows[name].append(torch.zeros_like(leaves[name]) if gradient is None else gradient)
+        yield from ((name, torch.stack(values)) for name, values in rows.items())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which parameter is done which way."""
+
+    layers: dict[nn.Module, dict[str, str]]
+    expanded: list[str]
+    rest: list[str]
+
+
+class _Objective(nn.Module):
+    """The scalar per sample whose gradient is taken, as a module for `functional_call`."""
+
+    def __init__(self, model: Model, kind: ImportanceKind) -> None:
+        super().__init__()
+        self.model = model
+        self.kind = kind
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.kind == "empirical_fisher":
+            return cast(HasLoss, self.model).loss(batch)
+        return cast(HasLogits, self.model).logits(batch).square().sum(-1)
+
+    def call(self, batch: Batch, parameters: dict[str, Tensor]) -> Tensor:
+        """Evaluate with other parameters, named as in the model."""
+        swapped = {f"model.{name}": value for name, value in parameters.items()}
+        return cast(Tensor, torch.func.functional_call(self, swapped, (batch,)))
+
+
+def _layer_gradient(kind: str, call: Call, size: int) -> Tensor:
+    """Per-sample gradient (B, *shape) of one parameter from a layer's input and output gradient."""
+    layer, entered, gradient = call
+    if isinstance(layer, nn.Linear):
+        rows = gradient.reshape(size, -1, gradient.shape[-1])
+        if kind == "bias":
+            return rows.sum(1)
+        return torch.bmm(rows.transpose(1, 2), entered.reshape(size, -1, entered.shape[-1]))
+    if isinstance(layer, nn.Conv2d):
+        if kind == "bias":
+            return gradient.flatten(2).sum(2)
+        patches = F.unfold(
+            entered,
+            cast(tuple[int, int], layer.kernel_size),
+            cast(tuple[int, int], layer.dilation),
+            cast(tuple[int, int], layer.padding),
+            cast(tuple[int, int], layer.stride),
+        ).unflatten(1, (layer.groups, -1))
+        rows = gradient.flatten(2).unflatten(1, (layer.groups, -1))
+        return torch.einsum("bgol,bgil->bgoi", rows, patches).reshape(size, *layer.weight.shape)
+    if isinstance(layer, nn.BatchNorm2d):
+        if kind == "weight":
+            gradient = gradient * F.batch_norm(
+                entered, layer.running_mean, layer.running_var, eps=layer.eps
+            )
+        return gradient.flatten(2).sum(2)
+    assert isinstance(layer, nn.LayerNorm)
+    if kind == "weight":
+        gradient = gradient * F.layer_norm(entered, layer.normalized_shape, eps=layer.eps)
+    return gradient.reshape(size, -1, *layer.normalized_shape).sum(1)
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise ConfigurationError(
+                f"BatchNorm layer '{name}' uses the statistics of the batch, so single samples "
+                "have no gradient of their own; call `model.eval()` and keep `track_running_stats`"
+            )

@@ -1,0 +1,82 @@
+"""LogitMask: never answer with a forgotten class, and forget nothing."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mmforget.data.access import DataAccess
+from mmforget.data.base import View
+from mmforget.errors import CapabilityError, RequestError
+from mmforget.methods.base import ForgettingMethod
+from mmforget.models.base import HasHead, HasLogits, Model
+
+MASKED = -1e4  # fits into float16, and its softmax is exactly zero
+
+
+class LogitMask(ForgettingMethod):
+    """Sets the head's rows of all forgotten classes to weight 0 and bias -10,000.
+
+    The mask lies in the weights, so that the result loads natively. Features are untouched: this
+    control must fail every audit that looks behind the logits. Classes of earlier requests are
+    masked too. Reads no data, only the request, which must name classes. There is no training:
+    ``method.bind(datamodule)``, then ``method.finalize()``.
+
+    Args:
+        model, copy, seed: see `ForgettingMethod`.
+
+    Raises:
+        CapabilityError: the head is not made of linear layers with a bias.
+        RequestError: the request names samples (by `finalize`).
+    """
+
+    requires: ClassVar[tuple[type, ...]] = (HasLogits, HasHead)
+    access: ClassVar[DataAccess] = DataAccess(
+        forget_inputs=False, forget_labels=False, retain="none", retain_labels=False
+    )
+    view: ClassVar[View | None] = None
+    control: ClassVar[bool] = True
+
+    def __init__(self, model: Model, copy: bool | Literal["auto"] = "auto", seed: int = 0) -> None:
+        super().__init__(model, copy=copy, seed=seed)
+        for layer in output_layers("LogitMask", self.model):
+            if layer.bias is None:
+                raise CapabilityError(
+                    "LogitMask needs a bias in the head, which that of "
+                    f"{type(model).__name__} does not have; leave out this control"
+                )
+
+    @torch.no_grad()
+    def edit(self) -> None:
+        """Mask the classes of the current request and of all earlier ones."""
+        split = self.data.split
+        if split is None or not split.forget_classes:
+            raise RequestError(
+                "LogitMask masks classes, but the request names none; use it with a request for "
+                "`classes`"
+            )
+        rows = list(split.forget_classes + split.previous_classes)
+        for layer in output_layers("LogitMask", self.model):
+            layer.weight[rows] = 0
+            layer.bias[rows] = MASKED
+
+
+def output_layers(method: str, model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a model's head that give class scores, at least one.
+
+    Raises:
+        CapabilityError: the head has none.
+    """
+    layers = [
+        layer
+        for layer in model.head.modules()  # type: ignore[union-attr, operator]
+        if isinstance(layer, nn.Linear) and layer.out_features == model.num_classes
+    ]
+    if not layers:
+        raise CapabilityError(
+            f"{method} needs a linear head, but that of {type(model).__name__} is a "
+            f"{type(model.head).__name__}; choose another method"
+        )
+    return layers

@@ -1,0 +1,418 @@
+"""What a report says, as plain text and numbers: shared by HTML, Markdown and the model card.
+
+Nothing here measures anything. The only arithmetic is the mean over retrained models and the share
+of their cost, which are stated as such.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmforget.audit.results import Family, MetricResult, ModelEntry, Results
+from mmforget.report.words import (
+    DIRECTIONS,
+    FAMILIES,
+    METRICS,
+    ROLES,
+    SPLIT_ROLES,
+    STAGES,
+)
+
+MISSING = "–"
+SEQUENCE_SPLITS = ("forget", "retain", "previous")
+
+
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """A number with at most three decimals, thousands separated by a thin space."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}".replace(",", "\u2009")
+    if size >= 100:
+        return f"{value:.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    if size >= 0.01:
+        return f"{value:.3f}"
+    return f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as a percentage with one decimal."""
+    return f"{100 * share:.1f}\u2009%"
+
+
+def with_unit(row: MetricResult, value: float) -> str:
+    """A value of a metric in its unit."""
+    if row.unit == "fraction":
+        return percent(value)
+    if row.unit == "bytes":
+        return f"{number(value / 2**20)}\u2009MiB"
+    return f"{number(value)}\u2009{row.unit}" if row.unit else number(value)
+
+
+def interval(row: MetricResult) -> str:
+    """The 95 % interval, or nothing."""
+    if row.ci_low is None or row.ci_high is None:
+        return ""
+    if row.unit == "fraction":
+        return f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}"
+    return f"{number(row.ci_low)} to {number(row.ci_high)}"
+
+
+def short_hash(text: str) -> str:
+    """The first twelve characters of a hash; the whole one is in `results.json`."""
+    return text[:12] if text else MISSING
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+
+def title_of(metric: str) -> str:
+    """A metric's name for people."""
+    if metric in METRICS:
+        return METRICS[metric][0]
+    plain = metric.replace("_", " ")
+    return plain[:1].upper() + plain[1:]
+
+
+def meaning_of(row: MetricResult) -> str:
+    """What a metric means: our words, else those that the audit wrote beside the value."""
+    if row.metric in METRICS:
+        return METRICS[row.metric][1]
+    return str(row.details.get("meaning", "see the documentation of the metric"))
+
+
+def split_text(split: str) -> str:
+    """``test_forget`` as ``forget · test``."""
+    stage, _, role = split.partition("_")
+    if stage in STAGES and role in SPLIT_ROLES:
+        return f"{SPLIT_ROLES[role]} · {STAGES[stage]}"
+    if stage in STAGES and role.startswith("missing_"):
+        return f"missing class {role.removeprefix('missing_')} · {STAGES[stage]}"
+    return split.replace("_", " ")
+
+
+def direction_text(row: MetricResult) -> str:
+    """What a good value does, with its target."""
+    text = DIRECTIONS[row.direction]
+    if row.target is None:
+        return text
+    target = with_unit(row, row.target)
+    return f"{text} {target}" if row.direction == "closer_to_value" else f"{text}, target {target}"
+
+
+def class_name(results: Results, key: Any) -> str:
+    """Name of a class given by index or name."""
+    names = results.data.get("class_names") or []
+    if isinstance(key, int) and 0 <= key < len(names):
+        return str(names[key])
+    return str(key)
+
+
+def forgotten_classes(results: Results) -> list[str]:
+    """Names of all classes that the requests name."""
+    found = [class_name(results, key) for row in results.requests for key in row.get("classes", [])]
+    return list(dict.fromkeys(found))
+
+
+def ids_text(ids: Sequence[int]) -> str:
+    """Sample ids as count and hash, so that a report does not disclose whom it is about."""
+    digest = hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
+    return f"{len(ids)} samples, ids SHA-256 {short_hash(digest)}"
+
+
+def request_text(request: Mapping[str, Any], results: Results | None = None) -> str:
+    """What one request asked: class names, or sample ids as count and hash. Never its reason."""
+    if request.get("samples"):
+        return ids_text(request["samples"])
+    names = [class_name(results, key) if results else str(key) for key in request["classes"]]
+    return f"{'class' if len(names) == 1 else 'classes'} {', '.join(names)}"
+
+
+# ---- the table of metrics -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a model, or the mean of several, possibly of different runs."""
+
+    title: str
+    subtitle: str
+    role: str
+    sources: tuple[tuple[Results, str], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value as text; either `value` or `error` is empty. `relation`: how it lies to retrained."""
+
+    value: str = MISSING
+    interval: str = ""
+    n: str = ""
+    note: str = ""
+    error: str = ""
+    relation: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric on one split, over all columns. `n` is set if it is the same in every cell."""
+
+    metric: str
+    title: str
+    split: str
+    direction: str
+    n: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one family, with its question and the meaning of its metrics."""
+
+    family: Family
+    title: str
+    rows: tuple[Row, ...]
+    meanings: tuple[tuple[str, str], ...]
+
+
+def columns_of(results: Results) -> list[Column]:
+    """Original, unlearned, mean of the retrained, each retrained, held-out, controls, random."""
+    columns = []
+    for role, text in ROLES.items():
+        entries = results.by_role(role)
+        if role == "retrained" and len(entries) > 1:
+            sources = tuple((results, entry.name) for entry in entries)
+            columns.append(Column("Retrained", f"mean of {len(entries)}", role, sources))
+        for entry in entries:
+            columns.append(Column(entry.name, text, role, ((results, entry.name),)))
+    return columns
+
+
+def groups_of(columns: Sequence[Column], families: Iterable[Family]) -> list[Group]:
+    """All metrics of the given families as table rows, in order of first appearance."""
+    index: dict[tuple[int, str, str, str], MetricResult] = {}
+    keys: dict[Family, dict[tuple[str, str], MetricResult]] = {family: {} for family in families}
+    for results in {id(r): r for column in columns for r, _ in column.sources}.values():
+        for row in results.metrics:
+            index[id(results), row.metric, row.split, row.model] = row
+            if row.family in keys:
+                keys[row.family].setdefault((row.metric, row.split), row)
+    groups = []
+    for family, found in keys.items():
+        rows = []
+        for (metric, split), first in found.items():
+            values = [
+                [index.get((id(r), metric, split, model)) for r, model in column.sources]
+                for column in columns
+            ]
+            counts = {row.n for cell in values for row in cell if row is not None and row.n}
+            same = len(counts) == 1
+            rows.append(
+                Row(
+                    metric,
+                    title_of(metric),
+                    split_text(split),
+                    direction_text(first),
+                    f"n = {next(iter(counts))}" if same else "",
+                    tuple(_cell(cell, show_n=not same) for cell in values),
+                )
+            )
+        if rows:
+            meanings = dict((title_of(row.metric), meaning_of(row)) for row in found.values())
+            groups.append(Group(family, FAMILIES[family], tuple(rows), tuple(meanings.items())))
+    return groups
+
+
+def _cell(rows: Sequence[MetricResult | None], show_n: bool) -> Cell:
+    if len(rows) > 1:
+        return _mean_cell([row for row in rows if row is not None], len(rows))
+    row = rows[0]
+    if row is None:
+        return Cell()
+    n = f"n = {row.n}" if show_n and row.n else ""
+    if row.error:
+        return Cell(value="", error=row.error, n=n)
+    if row.value is None:
+        return Cell(value=row.note or "not defined", interval=interval(row), n=n)
+    value = ("> " if row.censored else "") + with_unit(row, row.value)
+    return Cell(value, interval(row), n, row.note, relation=_relation(row))
+
+
+def _relation(row: MetricResult) -> str:
+    """Distance to the retrained models, where the audit has found one."""
+    parts = []
+    if row.details.get("progress") is not None:
+        parts.append(f"progress {100 * row.details['progress']:.0f}\u2009%")
+    if row.details.get("retrained_z") is not None:
+        parts.append(f"z {row.details['retrained_z']:+.1f}")
+    return ", ".join(parts)
+
+
+def _mean_cell(rows: Sequence[MetricResult], wanted: int) -> Cell:
+    known = [row for row in rows if row.value is not None]
+    values = [row.value for row in known if row.value is not None]
+    if not values:
+        return Cell()
+    spread = f"SD {with_unit(known[0], statistics.stdev(values))}" if len(values) > 1 else ""
+    note = "" if len(values) == wanted else f"{len(values)} of {wanted} models"
+    return Cell(value=with_unit(known[0], statistics.fmean(values)), interval=spread, note=note)
+
+
+def failures_of(results: Results) -> list[str]:
+    """Every metric that failed, in words."""
+    return [
+        f"{title_of(row.metric)}"
+        + (f", {split_text(row.split)}" if row.split else "")
+        + f", {row.model}: {row.error}"
+        for row in results.metrics
+        if row.error
+    ]
+
+
+def notes_of(results: Results) -> list[str]:
+    """Notes of the metrics, equal ones joined, and how the intervals were made."""
+    notes: dict[str, list[str]] = {}
+    for row in results.metrics:
+        if row.note and row.value is not None:
+            name = f"{title_of(row.metric)}" + (f" ({split_text(row.split)})" if row.split else "")
+            models = notes.setdefault(f"{name}: {row.note}", [])
+            models.append(row.model)
+    texts = [f"{text} [{', '.join(models)}]" for text, models in notes.items()]
+    methods = sorted({row.ci_method for row in results.metrics if row.ci_method})
+    return texts + ([f"95 % intervals: {'; '.join(methods)}."] if methods else [])
+
+
+# ---- key figures, sequence, cost, facts ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number to read first, with the same number of the references."""
+
+    title: str
+    value: str
+    references: str
+
+
+def key_figures(results: Results) -> list[Figure]:
+    """Accuracy on what was to go, to stay, and went before; of the one unlearned model."""
+    unlearned = results.by_role("unlearned")
+    if len(unlearned) != 1:
+        return []
+    figures = []
+    for split, title in (
+        ("test_forget", "Accuracy on forgotten data"),
+        ("test_retain", "Accuracy on retained data"),
+        ("test_previous", "Accuracy on earlier forgotten data"),
+    ):
+        rows = {row.model: row for row in results.metrics
+                if (row.metric, row.split) == ("accuracy", split) and row.value is not None}
+        own = rows.get(unlearned[0].name)
+        if own is None or own.value is None:
+            continue
+        texts = []
+        for role in ("original", "retrained"):
+            values = [rows[e.name].value for e in results.by_role(role) if e.name in rows]
+            known = [value for value in values if value is not None]
+            if known:
+                texts.append(f"{role} {percent(statistics.fmean(known))}")
+        figures.append(Figure(title, percent(own.value), " · ".join(texts)))
+    return figures
+
+
+def sequence_rows(results: Results) -> list[tuple[str, list[str]]]:
+    """After every request: accuracy on forget, retain and previously forgotten data."""
+    steps: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in results.sequence:
+        steps.setdefault(row["step"], {})[row["split"]] = row
+    lines = []
+    for step, found in sorted(steps.items()):
+        name = "nothing (original model)" if step == 0 else f"{step}. {_any(found)['request']}"
+        cells = [
+            f"{percent(found[split]['accuracy'])} (n = {found[split]['n']})"
+            if split in found
+            else MISSING
+            for split in SEQUENCE_SPLITS
+        ]
+        lines.append((name, cells))
+    return lines
+
+
+def _any(found: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next(iter(found.values()))
+
+
+def model_rows(results: Results) -> list[tuple[str, list[str]]]:
+    """Every model: name; role, hash of its weights, source."""
+    return [
+        (entry.name, [ROLES[entry.role], entry.hash or MISSING, entry.source or MISSING])
+        for entry in results.models
+    ]
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as pairs of dotted name and text."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            pairs += flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            pairs.append((f"{prefix}{key}", "yes" if value else "no"))
+        elif isinstance(value, float):
+            pairs.append((f"{prefix}{key}", number(value)))
+        elif isinstance(value, list | tuple):
+            pairs.append((f"{prefix}{key}", ", ".join(str(item) for item in value)))
+        else:
+            pairs.append((f"{prefix}{key}", MISSING if value is None else str(value)))
+    return pairs
+
+
+def access_text(entry: ModelEntry) -> str:
+    """What a method read, in words."""
+    access = entry.access
+    if not access:
+        return "not declared"
+    parts = ["forget images" if access.get("forget_inputs") else "no forget images"]
+    parts.append("forget labels" if access.get("forget_labels") else "no forget labels")
+    retain = access.get("retain", "none")
+    parts.append("no retain data" if retain == "none" else f"retain data ({retain})")
+    if retain != "none":
+        parts.append("retain labels" if access.get("retain_labels") else "no retain labels")
+    if access.get("training_hooks"):
+        parts.append("hooks in the original training")
+    return ", ".join(parts)
+
+
+def data_facts(results: Results) -> list[tuple[str, str]]:
+    """Name, sizes and hashes of the data; class names are left to the charts."""
+    return flatten({k: v for k, v in results.data.items() if k != "class_names"})
+
+
+def request_facts(results: Results) -> list[tuple[str, str]]:
+    """Each request by name: what it asked, and its goal."""
+    return [
+        (str(row["name"]), f"{request_text(row, results)} ({row['goal'].replace('_', ' ')})")
+        for row in results.requests
+    ]
+
+
+def check_rows(results: Results) -> list[tuple[str, str, str]]:
+    """Every check: name, state, text."""
+    states = {None: "not testable", True: "passed", False: "failed"}
+    return [(check.name, states[check.passed], check.text) for check in results.checks]
+
+
+def flat(rows: Iterable[tuple[str, Sequence[str]]]) -> list[list[str]]:
+    """Rows with a heading as plain lists of cells."""
+    return [[name, *cells] for name, cells in rows]
