@@ -54,7 +54,9 @@ def _sentence(code: int | None, path: Path, error: Exception) -> str:
         return f"'{path}' may not be written to; choose a place where you have write permission"
     if code in (errno.ENOTDIR, errno.EEXIST):
         return f"'{path}' cannot be created because a file is in its way; choose another place"
-    return f"'{path}' could not be written ({error}); choose another place (earlier files are intact)"
+    return (
+        f"'{path}' could not be written ({error}); choose another place (earlier files are intact)"
+    )
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:

@@ -86,6 +86,6 @@ def save_artifact(
 def folder_name(name: str) -> str:
     """A request name as a folder name: letters, digits, dots and dashes, unique per name."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:60]
-    if plain == name:
+    if plain and plain == name:
         return plain
     return f"{plain or 'request'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -41,7 +41,9 @@ def label_matched(
         count = min(len(members), len(others))
         for found, kept, name in ((members, own, "members"), (others, other, "others")):
             chance = generator(seed, f"membership-{name}", int(label))
-            kept.append(np.sort(found[torch.randperm(len(found), generator=chance)[:count].numpy()]))
+            kept.append(
+                np.sort(found[torch.randperm(len(found), generator=chance)[:count].numpy()])
+            )
     return np.concatenate(own), np.concatenate(other)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmforget.errors import ConfigurationError, ModelError, suggest
@@ -39,7 +39,8 @@ class RelearningSettings:
     parameters on one CPU core.
 
     Args:
-        shots: forgotten training samples per class that the attacker has.
+        shots: training samples per class that the attacker has, of all classes: with the forgotten
+            ones alone, a network that answers them to everything would count as having relearned.
         learning_rates: tried one after another; the worst case counts.
         steps: gradient steps of SGD with momentum 0.9.
         batch_size: per step; all shots if there are fewer.
@@ -52,10 +53,10 @@ class RelearningSettings:
         ConfigurationError: a number below its minimum, or an unknown mode.
     """
 
-    shots: int = 10
+    shots: int = 5
     learning_rates: tuple[float, ...] = (1e-3, 1e-2)
     steps: int = 20
-    batch_size: int = 32
+    batch_size: int = 25
     evaluate_every: int = 2
     evaluation_images: int = 100
     modes: tuple[Mode, ...] = ("full", "head")
@@ -85,6 +86,7 @@ class RelearningSettings:
         """The budget for published numbers: minutes instead of seconds per model."""
         return cls(
             shots=20,
+            batch_size=100,
             learning_rates=(1e-4, 1e-3, 1e-2),
             steps=200,
             evaluate_every=4,
@@ -163,11 +165,13 @@ def relearn(
     """Attack deep copies of a model with every mode, learning rate and draw of shots.
 
     SGD, momentum 0.9, cross-entropy, eval mode throughout (no dropout, BatchNorm statistics stay),
-    no augmentation. Order and shots are the same for every model.
+    no augmentation. Order and shots are the same for every model. An output of the head whose
+    weights are all zero is a mask that everybody sees who has the weights; the attacker replaces it
+    by the mean of the other outputs before the first step.
 
     Args:
         model: the victim, left as it is.
-        shots: forgotten training samples, one draw per seed.
+        shots: training samples that the attacker has, one draw per seed.
         forgotten: forgotten test images on which the attack is evaluated.
         retained: retained test images.
         settings: the budget.
@@ -244,6 +248,7 @@ def _attack(
 ) -> Curve:
     victim = detached_copy(model).eval()
     given, forgotten, retained = data
+    _unmask(victim)
     victim.requires_grad_(mode == "full")
     if mode == "head":
         assert isinstance(victim, HasHead)
@@ -288,6 +293,19 @@ def _attack(
         retain_accuracy=accuracy(retained),
         diverged=diverged,
     )
+
+
+@torch.no_grad()
+def _unmask(victim: Model) -> None:
+    if not (isinstance(victim, HasHead) and isinstance(victim, HasLogits)):
+        return
+    for layer in victim.head.modules():
+        if isinstance(layer, nn.Linear) and layer.out_features == victim.num_classes:
+            masked = (layer.weight == 0).all(dim=1)
+            if masked.any() and not masked.all():
+                layer.weight[masked] = layer.weight[~masked].mean(0)
+                if layer.bias is not None:
+                    layer.bias[masked] = layer.bias[~masked].mean()
 
 
 @dataclass(frozen=True)
@@ -351,18 +369,22 @@ def normalised_area(area: float, original: float, random_init: float) -> float |
     return None if abs(span) < 0.05 else (area - random_init) / span
 
 
-def draw_shots(labels: np.ndarray, shots: int, seed: int, number: int) -> np.ndarray:
-    """Positions of at most `shots` samples of every label.
+def draw_shots(
+    labels: np.ndarray, forgotten: np.ndarray, shots: int, seed: int, number: int
+) -> np.ndarray:
+    """Positions of the samples that the attacker has: at most `shots` of every label.
 
     Args:
-        labels: (N,) labels of the forgotten training samples.
+        labels: (N,) labels of training samples.
+        forgotten: (N,) bool. A label that has forgotten samples gives only these.
         shots: per label.
         seed: base seed.
         number: number of the draw.
     """
     kept = []
     for label in np.unique(labels):
-        found = np.flatnonzero(labels == label)
+        own = labels == label
+        found = np.flatnonzero(own & forgotten if (own & forgotten).any() else own)
         chance = generator(seed, "relearning-shots", number, int(label))
         kept.append(found[torch.randperm(len(found), generator=chance)[:shots].numpy()])
     return np.sort(np.concatenate(kept))

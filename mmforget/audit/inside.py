@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +24,14 @@ from mmforget.attacks.relearning import (
     worst_case,
 )
 from mmforget.audit.answers import proportion
-from mmforget.audit.intervals import Interval, grouped_jackknife, normal, t_interval
+from mmforget.audit.intervals import grouped_jackknife, normal, t_interval
 from mmforget.audit.rows import Measured, Rows
 from mmforget.audit.scene import Scene, draw
+from mmforget.errors import DataError
 from mmforget.metrics.representation import knn_predict, linear_cka, procrustes
 from mmforget.seeds import generator
+
+logger = logging.getLogger(__name__)
 
 RELEARNED = 0.8
 """Share of the original's accuracy that counts as relearned."""
@@ -144,7 +150,7 @@ def _probe(scene: Scene, rows: Rows, name: str) -> None:
 # ---- relearning ---------------------------------------------------------------------------------
 
 
-def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, object]]]:
+def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, Any]]]:
     """Attack every model and add the rows.
 
     Returns:
@@ -152,14 +158,7 @@ def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, obj
         mode ``head``.
     """
     settings, seed = scene.settings.relearning, scene.settings.seed
-    train = scene.dataset("train")
-    gone = np.flatnonzero(np.isin(train.ids, scene.ids["train_forgotten"]))
-    assert train.labels is not None  # checked when the outputs were collected
-    shots = []
-    for number in range(settings.seeds):
-        positions = gone[draw_shots(train.labels[gone], settings.shots, seed, number)]
-        shots.append(Labelled.of(train[positions.tolist()]))
-    used = torch.cat([_ids(train, gone, settings.shots, seed, n) for n in range(settings.seeds)])
+    shots, used = _shots(scene)
     split = scene.seen("forgotten")
     forgotten = _some(scene, split, settings.evaluation_images, used)
     retained = _some(scene, "test_retain", settings.evaluation_images, used)
@@ -168,26 +167,102 @@ def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, obj
     problems: dict[str, Exception] = {}
     for audited in scene.models:
         name = audited.entry.name
+        logger.info("relearning attack on %s", name)
         try:
             found[name] = relearn(audited.model, shots, forgotten, retained, settings, seed)
         except Exception as problem:  # becomes the error of every relearning row of this model
             problems[name] = problem
-    original = rows.value("accuracy", scene.original, scene.seen("forget")) or 0.0
-    if scene.original in found:
-        original = found[scene.original][0].accuracy[0]
-    target = RELEARNED * original
 
-    def result(name: str, mode: Mode) -> Relearning:
-        if name in problems:
-            raise problems[name]
+    @cache
+    def outcome(name: str, mode: Mode) -> Relearning:
+        for needed in (name, scene.original):
+            if needed in problems:
+                raise problems[needed]
+        target = RELEARNED * found[scene.original][0].accuracy[0]
         return worst_case(found[name], mode, target)
 
-    anchors = [audited.entry.name for audited in scene.by_role("random_init")]
     for mode in settings.modes:
         for name in scene.names:
-            _relearning_rows(scene, rows, name, mode, result, anchors, len(forgotten.label), split)
-    curves: dict[str, list[dict[str, object]]] = {}
-    for mode, key in (("full", "relearning"), ("head", "relearning_head")):
-        if mode in settings.modes:
-            curves[key] = [r for name, c in found.items() for r in curve_rows(c, name, mode)]
-    return curves
+            _relearning_rows(scene, rows, name, mode, outcome, len(forgotten.label), split)
+    keys: tuple[tuple[Mode, str], ...] = (("full", "relearning"), ("head", "relearning_head"))
+    return {
+        key: [row for name, curves in found.items() for row in curve_rows(curves, name, mode)]
+        for mode, key in keys
+        if mode in settings.modes
+    }
+
+
+def _shots(scene: Scene) -> tuple[list[Labelled], np.ndarray]:
+    """What the attacker has, one draw per seed, and all ids among it."""
+    settings = scene.settings.relearning
+    train = scene.dataset("train")
+    gone = np.isin(train.ids, scene.ids["train_forgotten"])
+    assert train.labels is not None  # checked when the outputs were collected
+    shots, used = [], []
+    for number in range(settings.seeds):
+        drawn = draw_shots(train.labels, gone, settings.shots, scene.settings.seed, number)
+        shots.append(Labelled.of(train[drawn.tolist()]))
+        used.append(train.ids[drawn])
+    return shots, np.concatenate(used)
+
+
+def _some(scene: Scene, split: str, count: int, used: np.ndarray) -> Labelled:
+    """At most `count` images of a split, none of them among those that the attacker has."""
+    data = scene.dataset("test" if split.startswith("test") else "train")
+    rest = np.setdiff1d(scene.ids[split], used)
+    positions = np.flatnonzero(np.isin(data.ids, rest))
+    if not len(positions):
+        raise DataError(
+            "`relearning.shots` leaves no forgotten sample on which the attack could be "
+            "evaluated; give fewer shots"
+        )
+    chosen = draw(len(positions), count, scene.settings.seed, f"relearning-evaluation/{split}")
+    return Labelled.of(data[positions[chosen].tolist()])
+
+
+def _relearning_rows(
+    scene: Scene,
+    rows: Rows,
+    name: str,
+    mode: Mode,
+    outcome: Callable[[str, Mode], Relearning],
+    n: int,
+    split: str,
+) -> None:
+    settings = scene.settings.relearning
+
+    def steps() -> Measured:
+        value = outcome(name, mode).steps
+        return Measured(
+            value,
+            n=n,
+            note=f"> {settings.steps}" if value is None else "",
+            details={"resolution": settings.evaluate_every, "seeds": settings.seeds},
+            censored=value is None,
+        )
+
+    def area() -> Measured:
+        result, first = outcome(name, mode), outcome(scene.original, mode)
+        anchors = [audited.entry.name for audited in scene.by_role("random_init")]
+        if not anchors:
+            return Measured(None, note="no randomly initialised model as anchor")
+        low = float(np.mean([outcome(anchor, mode).area for anchor in anchors]))
+        values = [normalised_area(found, first.area, low) for found in result.areas]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return Measured(None, note="original and random initialisation relearn equally fast")
+        interval = t_interval(known) if len(known) > 2 else None
+        return Measured(
+            float(np.mean(known)),
+            interval,
+            n,
+            note="" if interval else "one attack seed: no interval",
+            details={"learning_rate": result.best_rate, "area": result.area},
+        )
+
+    def retained() -> Measured:
+        return Measured(outcome(name, mode).retain_accuracy, n=settings.evaluation_images)
+
+    rows.add(f"relearn_steps_{mode}", name, split, steps)
+    rows.add(f"relearn_area_{mode}", name, split, area)
+    rows.add(f"relearn_retain_{mode}", name, "test_retain", retained)

@@ -39,7 +39,9 @@ def measure_privacy(scene: Scene, rows: Rows) -> None:
         if len(others) >= MIN_OTHERS:
             for metric, rate in RATES.items():
 
-                def found(rate: float = rate, m: Outputs = members, o: Outputs = others) -> Measured:
+                def found(
+                    rate: float = rate, m: Outputs = members, o: Outputs = others
+                ) -> Measured:
                     hits = true_positives(_scores(m), _scores(o), rate)
                     return Measured(hits / len(m), clopper_pearson(hits, len(m)), len(m))
 
@@ -101,7 +103,7 @@ def _transfer(scene: Scene, name: str) -> Measured:
     forget = scene.outputs(name, "train_forgotten")
     known, unseen = test.of(scene.attack_ids), test.of(scene.eval_ids)
     if scene.by_class:
-        # labels are matched on both sides: retained classes for the fit, forgotten ones for the score
+        # labels match on both sides: retained classes in the fit, forgotten ones in the score
         gone = np.array(scene.forgotten_classes)
         known = known.select(~np.isin(known.label.numpy(), gone))
         unseen = unseen.select(np.isin(unseen.label.numpy(), gone))

@@ -187,7 +187,9 @@ class Results:
         try:
             body = json.loads(text)
         except json.JSONDecodeError as error:
-            raise DataError(f"the results are not valid JSON ({error}); run the audit again") from error
+            raise DataError(
+                f"the results are not valid JSON ({error}); run the audit again"
+            ) from error
         version = body.pop("schema_version", None) if isinstance(body, dict) else None
         if version != SCHEMA_VERSION:
             raise DataError(

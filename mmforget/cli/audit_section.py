@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from mmforget.audit.protocol import AuditSettings
+from mmforget.audit.scene import AuditSettings
+from mmforget.cli.building import model_folder
+from mmforget.run import AuditOptions
 
 
 @dataclass(frozen=True)
@@ -13,16 +15,23 @@ class AuditSection(AuditSettings):
 
     Args:
         retrained: models trained from scratch without the forget set.
-        held_out: such models that serve as reference for the retrained ones.
+        held_out: such models that are measured as if they were methods.
         controls: edits that must fail the audit.
-        enabled: False skips the audit; the report then says that nothing was measured.
+        enabled: False skips the audit; the run then claims nothing.
     """
 
     retrained: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
-    controls: list[str] = field(default_factory=lambda: ["identity", "logit_mask", "head_only"])
+    controls: list[str] = field(default_factory=lambda: AuditOptions().controls)
     enabled: bool = True
 
-    def settings(self) -> AuditSettings:
-        """The part that the audit itself reads."""
-        return AuditSettings(**{f.name: getattr(self, f.name) for f in fields(AuditSettings)})
+    def options(self) -> AuditOptions:
+        """The same for `mmforget.run.forget`."""
+        own = {f.name: getattr(self, f.name) for f in fields(AuditSettings)}
+        return AuditOptions(
+            settings=AuditSettings(**own),
+            retrained=[*map(model_folder, self.retrained)],
+            held_out=[*map(model_folder, self.held_out)],
+            controls=self.controls,
+            enabled=self.enabled,
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmforget.cli.parsing import Parser, import_known_classes
 from mmforget.data.base import ForgetDataModule
@@ -31,9 +32,20 @@ def quiet_lightning() -> None:
     """Hide what Lightning says on every start; warnings and errors stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for said in (
+        "does not have many workers",
+        "have no `validation_step`",  # methods need none, the runner measures
+        "`LightningModule.configure_optimizers` returned `None`",  # one pass, no steps
+        r"Found \d+ module\(s\) in eval mode",  # methods choose the modes themselves
+    ):
+        warnings.filterwarnings("ignore", message=f".*{said}.*")
     # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes, of those that run together."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def new_parser(command: str) -> Parser:
@@ -64,7 +76,10 @@ def add_data(parser: Parser) -> None:
 def add_request(parser: Parser, required: bool) -> None:
     """Add ``request``: one request or a list of them."""
     parser.add_argument(
-        "--request", type=ForgetRequest | list[ForgetRequest], required=required, help="what to forget"
+        "--request",
+        type=ForgetRequest | list[ForgetRequest],
+        required=required,
+        help="what to forget",
     )
 
 

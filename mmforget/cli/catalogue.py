@@ -46,8 +46,8 @@ MODELS = (
 
 DATA = (
     Entry("mmforget.data.digit_world:DigitWorld", "real handwritten digits in colour, built in"),
-    Entry("mmforget.data.torchvision_data:CIFAR10", "CIFAR-10: 60,000 photos in 10 classes"),
-    Entry("mmforget.data.torchvision_data:CIFAR100", "CIFAR-100: 60,000 photos in 100 classes"),
+    Entry("mmforget.data.cifar:CIFAR10", "CIFAR-10: 60,000 photos in 10 classes"),
+    Entry("mmforget.data.cifar:CIFAR100", "CIFAR-100: 60,000 photos in 100 classes"),
     Entry("mmforget.data.torchvision_data:TorchvisionData", "any data set of torchvision"),
     Entry("mmforget.data.image_folder:ImageFolderData", "a folder with one folder per class"),
     Entry("mmforget.data.huggingface:HuggingFaceData", "a data set of the hub or local files"),
@@ -71,35 +71,35 @@ METHODS = (
     Entry(
         "mmforget.methods.ssd:SSD",
         "dampen the weights that matter more to the forget set than to the rest",
-        "Foster et al., AAAI 2024",
-        ("HasLoss",),
+        "AAAI 2024, arXiv 2308.07707",
+        (),
         "statistics",
     ),
     Entry(
         "mmforget.methods.neg_grad_plus:NegGradPlus",
         "descend on the retain loss, ascend on the forget loss",
-        "Kurmanji et al., NeurIPS 2023",
+        "NeurIPS 2023, arXiv 2302.09880",
         ("HasLoss",),
         "full",
     ),
     Entry(
         "mmforget.methods.random_labels:RandomLabels",
         "train the forget set on wrong labels and the rest on its own",
-        "Graves et al., AAAI 2021",
+        "AAAI 2021, arXiv 2010.10981",
         ("HasLoss", "HasLogits"),
         "full",
     ),
     Entry(
         "mmforget.methods.scrub:SCRUB",
         "away from the original model on the forget set, close to it on the rest",
-        "Kurmanji et al., NeurIPS 2023",
-        ("HasLoss", "HasLogits"),
+        "NeurIPS 2023, arXiv 2302.09880",
+        ("HasLogits",),
         "full",
     ),
     Entry(
         "mmforget.methods.salun:SalUn",
         "random labels on the most salient weights, all others strictly frozen",
-        "Fan et al., ICLR 2024",
+        "ICLR 2024, arXiv 2310.12508",
         ("HasLoss", "HasLogits"),
         "full",
     ),
@@ -122,13 +122,31 @@ METHODS = (
         "mmforget.methods.head_only:HeadOnly",
         "control: edits the head and leaves the features as they are",
         "",
-        ("HasLoss", "HasHead"),
+        ("HasLoss", "HasLogits", "HasFeatures", "HasHead"),
         "full",
     ),
 )
 
-METRICS: tuple[Entry, ...] = ()
-ATTACKS: tuple[Entry, ...] = ()
+METRICS = (
+    Entry("mmforget.metrics.output:ClassAccuracy", "accuracy of each class"),
+    Entry("mmforget.metrics.output:JSDivergence", "distance of the predictions to a reference"),
+    Entry("mmforget.metrics.output:KLFromReference", "divergence of the predictions, in nats"),
+    Entry("mmforget.metrics.output:ActivationDistance", "Euclidean distance of the probabilities"),
+    Entry("mmforget.metrics.output:Agreement", "share of equal predictions of two models"),
+    Entry("mmforget.metrics.output:ZRF", "likeness of the predictions to a random network's"),
+    Entry("mmforget.metrics.representation:LinearCKA", "unbiased likeness of two representations"),
+    Entry("mmforget.metrics.representation:KNNAccuracy", "accuracy of the nearest neighbours"),
+    Entry("mmforget.metrics.membership:MembershipAUC", "can members be told from others?"),
+    Entry("mmforget.metrics.summary:h_mean", "harmonic mean of what was kept and what was lost"),
+    Entry("mmforget.metrics.summary:tug_of_war", "closeness to the retrained model on all splits"),
+    Entry("mmforget.metrics.summary:average_gap", "mean difference to the retrained model"),
+)
+
+ATTACKS = (
+    Entry("mmforget.attacks.relearning:relearn", "how fast a few samples bring the class back"),
+    Entry("mmforget.attacks.probe:linear_probe", "is the class still in the features?"),
+    Entry("mmforget.attacks.membership:transfer", "membership, learned on data that is known"),
+)
 
 CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "models": MODELS,

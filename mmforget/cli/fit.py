@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mmforget.cli.settings import checked_settings, shows_options
+from mmforget.errors import ConfigurationError, RunExistsError, suggest
 
 HELP = """
 usage: mmforget fit [-c FILE] [options]
@@ -48,6 +50,7 @@ KEYS = (
     "overwrite",
     "seed_everything",
 )
+FLAGS = ("resume", "overwrite")
 
 
 def run(args: list[str]) -> int:
@@ -56,17 +59,23 @@ def run(args: list[str]) -> int:
     Raises:
         MMForgetError: the settings are wrong, before anything is done.
     """
-    settings = checked_settings("fit", args, KEYS, flags=("resume", "overwrite"))
+    settings = checked_settings("fit", args, KEYS, FLAGS)
+    view = settings.get("view") or "full"
+    if view not in ("full", "retain"):
+        raise ConfigurationError(f"`--view` is '{view}'; {suggest(view, ('full', 'retain'))}")
+    if view == "retain" and settings.get("request") is None and not shows_options(settings):
+        raise ConfigurationError(
+            "`--view retain` needs to know what is left out; add `--request.classes`"
+        )
     return _run(args, settings)
 
 
 def _run(args: list[str], settings: dict[str, Any]) -> int:
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from mmforget.artifacts.run_folder import RunFolder, atomic_write
-    from mmforget.cli.train import TrainCLI, fit
-    from mmforget.errors import ConfigurationError, RunExistsError, suggest
+    from mmforget.cli.building import first_process
+    from mmforget.cli.train import TrainCLI, TrainingCost, fit
 
     folder = RunFolder(
         str(settings.get("run") or "runs/fit"),
@@ -74,16 +83,8 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
         resume=bool(settings.get("resume")),
     )
     weights = Path(str(settings.get("save") or folder.work / "weights"))
-    if settings.get("view", "full") not in ("full", "retain"):
-        raise ConfigurationError(
-            f"`--view` is '{settings['view']}'; {suggest(settings['view'], ('full', 'retain'))}"
-        )
-    if settings.get("view") == "retain" and settings.get("request") is None:
-        raise ConfigurationError(
-            "`--view retain` needs to know what is left out; add `--request.classes`"
-        )
     with ExitStack() as stack:
-        if rank_zero_only.rank == 0 and not shows_options(settings):
+        if first_process() and not shows_options(settings):
             if settings.get("save") and weights.exists():
                 raise RunExistsError(f"`--save` is '{weights}', which exists; choose another name")
             stack.enter_context(folder)
@@ -93,14 +94,15 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
             args,
             settings,
             root=folder.work,
-            trainer_defaults={"max_epochs": 10, "callbacks": [checkpoints]},
+            trainer_defaults={"max_epochs": 10, "callbacks": [checkpoints, TrainingCost()]},
         )
-        if rank_zero_only.rank == 0:
+        if first_process():
             atomic_write(folder.work / "config.yaml", cli.resolved)
-        fit(cli, folder.work / "checkpoints" / "last.ckpt")
-        if rank_zero_only.rank == 0:
+        cost = fit(cli, folder.work / "checkpoints" / "last.ckpt")
+        if first_process():
             weights.mkdir(parents=True)
             cli.model.save_native(weights)
+            atomic_write(weights / "training.json", json.dumps({"cost": cost}, indent=1))
             path = folder.commit()
             shown = weights if settings.get("save") else path / "weights"
             print(f"weights: {shown}\nrun:     {path}")

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmforget.cli.settings import checked_settings, requests_from
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from mmforget.cli.audit_section import AuditSection
+    from mmforget.cli.building import Trainers
+    from mmforget.data.base import ForgetDataModule
+    from mmforget.methods.base import ForgettingMethod
+    from mmforget.models.base import Model
+    from mmforget.request import ForgetRequest
 
 HELP = """
 usage: mmforget forget [-c FILE] [options]
@@ -18,7 +30,7 @@ options, all of them also as keys of the YAML file:
   --model MODEL           a folder, a hub id, shipped:NAME, or a class such as ImageClassifier
   --method METHOD         class name (mmforget list methods); --method.OPTION for its options
   --data DATA             class name (mmforget list data); --data.OPTION for its options
-  --request.classes LIST  what to forget, such as '[3]' or '[seven]'; in YAML also a list of requests
+  --request.classes LIST  what to forget, such as '[3]'; in YAML also a list of requests
   --request.samples LIST  ids of single training samples instead
   --trainer.OPTION VALUE  Lightning's trainer: max_epochs, devices, precision, ...
   --audit.OPTION VALUE    retrained, held_out, controls, enabled, and what the audit measures
@@ -66,55 +78,87 @@ def run(args: list[str]) -> int:
 
 
 def _run(args: list[str], settings: dict[str, Any]) -> int:
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
     from mmforget.audit.results import Results
-    from mmforget.cli import building
-    from mmforget.cli.parsing import explained, find_class
-    from mmforget.methods.base import ForgettingMethod
-    from mmforget.sequence import AuditOptions, RunOptions, forget
+    from mmforget.cli.building import first_process, settings_source
+    from mmforget.run import RunOptions, forget
 
-    parser, plain = forget_parser()
-    if "help-all" in settings:
-        parser.print_help()
-        return 0
-    config = explained(lambda: parser.parse_args(args), settings, plain)
-    requests = requests_from(building.parsed_requests(config))
-    built = explained(
-        lambda: building.build(parser, config, "model", "method", "data", "audit"), settings, plain
-    )
-    method_name = config.method.class_path.rpartition(".")[2]
-    method_class = find_class(config.method.class_path, ForgettingMethod)
-    audit = built.audit
+    plan = prepare(args, settings)
+    config = plan.config
+    name = config.method.class_path.rpartition(".")[2]
     folder = forget(
-        model=building.load_model(built.model),
-        method=built.method,
-        data=built.data,
-        requests=requests,
-        trainer=building.Trainers(parser, config.trainer, method_class.find_unused_parameters),
+        model=plan.model,
+        method=plan.method,
+        data=plan.data,
+        requests=plan.requests,
+        trainer=plan.trainers,
         run=RunOptions(
-            folder=Path(config.run or f"runs/{method_name}-{requests[-1].name}"),
+            folder=Path(config.run or f"runs/{name}-{plan.requests[-1].name}"),
             resume=config.resume,
             overwrite=config.overwrite,
             ledger=Path(config.ledger) if config.ledger else None,
             title=config.title,
         ),
-        audit=AuditOptions(
-            settings=audit.settings(),
-            retrained=audit.retrained,
-            held_out=audit.held_out,
-            controls=audit.controls,
-            enabled=audit.enabled,
-        ),
-        config=parser.dump(config),
-        original_source=building.settings_source(settings, "model"),
+        audit_options=plan.audit.options(),
+        config=plan.resolved,
+        original_source=settings_source(settings, "model"),
     )
-    if rank_zero_only.rank == 0:
-        if audit.enabled:
+    if first_process():
+        if plan.audit.enabled:
             print(Results.load(folder).verdict.sentence)
             print(f"report:  {folder / 'report.html'}")
         print(f"results: {folder}")
     return 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a forget run needs, built from its settings.
+
+    Attributes:
+        config: the parsed configuration; `resolved` is the same as YAML.
+        method: makes the method for a model.
+        trainers: makes Lightning trainers.
+    """
+
+    config: Namespace
+    resolved: str
+    model: Model
+    method: Callable[[Model], ForgettingMethod]
+    data: ForgetDataModule
+    requests: list[ForgetRequest]
+    trainers: Trainers
+    audit: AuditSection
+
+
+def prepare(args: list[str], settings: dict[str, Any]) -> Plan:
+    """Parse and build.
+
+    Raises:
+        MMForgetError: the settings are wrong.
+        SystemExit: the user only wanted to see the options, which were printed.
+    """
+    from mmforget.cli import building
+    from mmforget.cli.parsing import explained, find_class
+    from mmforget.methods.base import ForgettingMethod
+
+    parser, plain = forget_parser()
+    given = ["--help"] if "help-all" in settings else args
+    config = explained(lambda: parser.parse_args(given), settings, plain)
+    requests = requests_from(building.parsed_requests(config))
+    built = explained(
+        lambda: building.build(parser, config, "model", "method", "data", "audit"), settings, plain
+    )
+    method = find_class(config.method.class_path, ForgettingMethod)
+    return Plan(
+        config=config,
+        resolved=parser.dump(config, skip_unset=False),
+        model=building.load_model(built.model),
+        method=built.method,
+        data=built.data,
+        requests=requests,
+        trainers=building.Trainers(parser, config.trainer, method.find_unused_parameters),
+        audit=built.audit,
+    )
 
 
 def forget_parser() -> tuple[Any, dict[str, type]]:

@@ -62,7 +62,7 @@ def _configs() -> list[tuple[str, ...]]:
         raise MissingFileError(
             f"there is no folder '{CONFIGS}'; the configurations are part of the repository"
         )
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path in sorted(CONFIGS.rglob("*.yaml")):
         with path.open(encoding="utf-8") as file:
             rows.append((_shown(path), file.readline().strip("# \n")))

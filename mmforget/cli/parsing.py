@@ -95,14 +95,13 @@ def class_names(base: type) -> list[str]:
 
 
 def _subclasses(base: type) -> Iterator[type]:
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
 
 
-def _structural_mistakes(
-    settings: Mapping[str, Any], plain: Mapping[str, type]
-) -> Iterator[str]:
+def _structural_mistakes(settings: Mapping[str, Any], plain: Mapping[str, type]) -> Iterator[str]:
     for section, (base, noun) in CLASS_SECTIONS.items():
         given = settings.get(section)
         name = given.get("class_path") if isinstance(given, dict) else given
@@ -189,7 +188,8 @@ def _accepts(annotation: Any, value: Any) -> bool:
 def _hints(target: Any) -> dict[str, Any]:
     if is_dataclass(target):
         return typing.get_type_hints(target)
-    function = inspect.unwrap(target.__init__ if isinstance(target, type) else target)
+    constructor = target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+    function = inspect.unwrap(constructor)
     # a module may import the names of its annotations for type checkers only
     usual = {**vars(typing), **vars(collections.abc), **function.__globals__}
     return typing.get_type_hints(function, usual)

@@ -60,7 +60,7 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     names = cli.datamodule.class_names
     data = cli.datamodule.dataset("test")
     labels = {} if data.labels is None else dict(zip(data.ids, data.labels, strict=True))
-    batches = cli.trainer.predict(cli.model, cli.datamodule.loader(data)) or []
+    batches: list[Any] = cli.trainer.predict(cli.model, cli.datamodule.loader(data)) or []
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(COLUMNS)

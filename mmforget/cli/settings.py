@@ -104,6 +104,12 @@ def read_settings(
         if path == "config":
             _merge(settings, _read_file(command, value, keys))
             continue
+        section, _, option = path.partition(".")
+        if option and isinstance(settings.get(section), list):
+            raise ConfigurationError(
+                f"`{section}` is a list in the file, so `{name}` fits no single element; give the "
+                f"whole list, such as `--request '[{{classes: [7]}}]'`"
+            )
         try:
             loaded = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -118,13 +124,15 @@ def checked_settings(
     keys: Collection[str],
     flags: Collection[str] = (),
     required: Sequence[str] = ("model", "data"),
+    lists: Collection[str] = (),
+    positional: str | None = None,
 ) -> dict[str, Any]:
     """Read the settings of a command that builds a model, and check all that is cheap to check.
 
     Raises:
         MMForgetError: see `read_settings`, `check_names`, `require` and `requests_from`.
     """
-    settings = read_settings(command, args, keys, flags)
+    settings = read_settings(command, args, keys, flags, lists, positional)
     check_names(settings)
     seed = settings.get("seed_everything", 0)
     if not isinstance(seed, int):
@@ -174,9 +182,13 @@ def require(command: str, settings: Mapping[str, Any], keys: Sequence[str]) -> N
     missing = [key for key in keys if settings.get(key) is None]
     if missing:
         raise ConfigurationError(
-            f"`mmforget {command}` needs {' and '.join(f'`--{key}`' for key in missing)}, or a "
+            f"`mmforget {command}` needs {' and '.join(_option(key) for key in missing)}, or a "
             f"file with them (`-c FILE`); see `mmforget {command} --help`"
         )
+
+
+def _option(key: str) -> str:
+    return {"request": "`--request.classes`", "models": "`MODEL...`"}.get(key, f"`--{key}`")
 
 
 def requests_from(given: Any) -> list[ForgetRequest]:

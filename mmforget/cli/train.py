@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from mmforget.audit.cost import measured
 from mmforget.cli import building
 from mmforget.cli.parsing import Parser, explained, import_known_classes
 from mmforget.cli.settings import requests_from
@@ -22,12 +25,13 @@ class TrainCLI(LightningCLI):
     """LightningCLI whose model may also be a folder, a hub id or ``shipped:NAME``.
 
     It is not run by itself: `trainer`, `model` and `datamodule` are ready after construction, with
-    the request made, and `resolved` is the complete configuration as YAML. Hyper-parameters stored in a checkpoint never replace the configuration.
+    the request made, and `resolved` is the complete configuration as YAML. Hyper-parameters stored
+    in a checkpoint never replace the configuration.
 
     Args:
         command: name of the command.
         args: its arguments; `sys.argv` stays as it is, since the ``ddp`` launcher runs it again.
-        settings: the arguments as `read_settings` read them, for error messages.
+        settings: the arguments as `read_settings` read them.
         root: the trainer's root folder.
         trainer_defaults: further defaults of the trainer.
     """
@@ -81,13 +85,14 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with errors of one sentence."""
+        assert isinstance(args, list)
         self.config = explained(lambda: parser.parse_args(args), self.settings, PLAIN)
 
     def before_instantiate_classes(self) -> None:
         """Check the request; send everything that is written into the run folder."""
         given = building.parsed_requests(self.config)
         self.requests = requests_from(given) if given else []
-        self.resolved = str(self.parser.dump(self.config))
+        self.resolved = str(self.parser.dump(self.config, skip_unset=False))
         if self.root is not None:
             self.config.trainer.default_root_dir = str(self.root)
 
@@ -104,19 +109,62 @@ class TrainCLI(LightningCLI):
             self.datamodule.view = self.config.view
 
 
-def fit(cli: TrainCLI, checkpoint: Path) -> None:
+class TrainingCost(Callback):
+    """Counts the samples and seconds of a training, also over interruptions."""
+
+    def __init__(self) -> None:
+        self.samples, self.seconds, self._last = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add one step; padding is no sample."""
+        self.samples += int(batch["weight"].sum())
+        now = time.perf_counter()
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add up all processes."""
+        total = trainer.strategy.reduce(torch.tensor(self.samples), reduce_op="sum")
+        self.samples = int(total)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on from."""
+        return {"samples": self.samples, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on."""
+        self.samples, self.seconds = state_dict["samples"], state_dict["seconds"]
+
+    def to_dict(self) -> dict[str, float]:
+        """Cost as in `ModelEntry.cost`; a forward pass with backward counts as three."""
+        return {"seconds": self.seconds, "sample_passes": 3.0 * self.samples}
+
+
+def fit(cli: TrainCLI, checkpoint: Path) -> dict[str, Any]:
     """Train, from `checkpoint` if there is one.
+
+    Returns:
+        The cost of it, as in `ModelEntry.cost`.
 
     Raises:
         KeyboardInterrupt: it was interrupted, which Lightning turns into an exit.
     """
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    counted = next(c for c in callbacks if isinstance(c, TrainingCost))
     try:
-        cli.trainer.fit(
-            cli.model,
-            datamodule=cli.datamodule,
-            ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
-            weights_only=True,
-        )
+        with measured() as cost:
+            cli.trainer.fit(
+                cli.model,
+                datamodule=cli.datamodule,
+                ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
+                weights_only=True,
+            )
+        return cost.to_dict() | counted.to_dict()
     except SystemExit:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt from None

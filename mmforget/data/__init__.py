@@ -7,8 +7,9 @@ from mmforget._lazy import lazy_attributes
 _EXPORTS = {
     "mmforget.data.access": ("DataAccess",),
     "mmforget.data.base": ("ForgetDataModule", "ImageDataset"),
+    "mmforget.data.cifar": ("CIFAR10", "CIFAR100"),
     "mmforget.data.digit_world": ("DigitWorld",),
-    "mmforget.data.huggingface": ("CIFAR10", "CIFAR100", "HuggingFaceData"),
+    "mmforget.data.huggingface": ("HuggingFaceData",),
     "mmforget.data.image_folder": ("ImageFolderData",),
     "mmforget.data.split": ("ForgetSplit",),
     "mmforget.data.torchvision_data": ("TorchvisionData",),

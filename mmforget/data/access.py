@@ -1,4 +1,4 @@
-"""What a method may read. Declared by the method, enforced by the data module, printed in reports."""
+"""What a method may read: declared by it, enforced by the data module, printed in reports."""
 
 from __future__ import annotations
 

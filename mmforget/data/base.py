@@ -299,7 +299,8 @@ class GlobalBatchSampler(DistributedSampler[Any]):
         else:
             order = torch.arange(size)
         rank, world = self.place()
-        for batch in order.split(self.batch_size):
+        for start in range(0, size, self.batch_size):
+            batch = order[start : start + self.batch_size]
             lacking = -len(batch) % world
             padding = ~batch.repeat(math.ceil(lacking / len(batch)))[:lacking]
             positions = Positions(torch.cat([batch, padding])[rank::world].tolist())
@@ -316,7 +317,8 @@ class ForgetDataModule(LightningDataModule):
         batch_size: of the global batch, over all processes; in the view ``paired`` of each of the
             two streams.
         seed: base of all draws.
-        num_workers: loader processes; 0 reads in the main process.
+        num_workers: loader processes; 0 reads in the main process, which is best for small images,
+            since they stay in its memory once they are decoded.
         view: what `train_dataloader` serves: ``full`` (all training data), ``retain``, ``forget``,
             ``paired`` (both at once, the shorter stream is cycled) or ``statistics`` (forget and
             retain, each sample once, in id order).
@@ -548,7 +550,7 @@ class ForgetDataModule(LightningDataModule):
         """The epoch at which training goes on after a resume."""
         if self.trainer is None:
             return 0
-        return self.trainer.fit_loop.epoch_progress.current.processed
+        return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
     def _train_loader(self, role: Role) -> DataLoader[dict[str, Tensor]]:
         data = self.subset("train", role)

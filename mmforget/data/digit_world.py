@@ -25,7 +25,18 @@ if TYPE_CHECKING:
 
     import datasets
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS: tuple[str, ...] = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+)
 INKS = {
     "red": (242, 64, 51),
     "green": (64, 217, 77),
@@ -210,9 +221,8 @@ class DigitImages(ImageDataset):
     """
 
     def __init__(self, name: str, ids: np.ndarray, label: Literal["digit", "ink"]) -> None:
-        if label == "digit":
-            labels, names = strokes()[1][ids // VARIANTS], DIGITS
-        else:
+        labels, names = strokes()[1][ids // VARIANTS], tuple(DIGITS)
+        if label == "ink":
             labels, names = _Drawing.of(ids).ink, tuple(INKS)
         # A mirrored two is no two.
         super().__init__(name, ids, labels, names, (3, CANVAS, CANVAS), flippable=False)

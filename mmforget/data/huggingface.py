@@ -41,8 +41,8 @@ class HuggingFaceData(ForgetDataModule):
     `test_split`.
 
     Raises:
-        MissingFileError: a local file that does not exist.
-        DataError: an unknown split or column, labels that do not fit.
+        MissingFileError: a local file that does not exist, or an id that the hub does not give.
+        DataError: a damaged file, an unknown split or column, labels that do not fit.
 
     Example: ``HuggingFaceData("parquet", data_files={"train": "train.parquet", ...})``
     """
@@ -93,7 +93,18 @@ class HuggingFaceData(ForgetDataModule):
         """Open the splits; images are decoded when they are first asked for."""
         import datasets
 
-        loaded = datasets.load_dataset(self.path, data_files=self.data_files)
+        try:
+            loaded = datasets.load_dataset(self.path, data_files=self.data_files)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise MissingFileError(
+                f"`path` '{self.path}' cannot be loaded ({error}); check the id and the network, "
+                "or give local files as `data_files`"
+            ) from error
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise DataError(
+                f"`path` '{self.path}' with `data_files` {self.data_files} cannot be read "
+                f"({error}); check that the files are whole and of this kind"
+            ) from error
         tables: dict[Stage, datasets.Dataset] = {}
         for stage, split in self.splits.items():
             if split is not None:

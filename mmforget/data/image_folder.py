@@ -66,8 +66,8 @@ class ImageFolderData(ForgetDataModule):
         """List the files; pictures are decoded when they are first asked for."""
         if not (self.folder / "train").is_dir():
             files, names = _pictures(self.folder)
-            stages = {"train": self._stage_of("train", self.folder, files, names)}
-            return complete(stages, self.val_fraction, self.test_fraction)
+            only = self._stage_of("train", self.folder, files, names)
+            return complete({"train": only}, self.val_fraction, self.test_fraction)
         names = _pictures(self.folder / "train")[1]
         found: dict[Stage, ImageDataset] = {}
         for stage in STAGES:

@@ -130,11 +130,9 @@ class ForgetSplit:
                 f"split file '{path}' lacks or adds the fields {', '.join(odd)}; "
                 "write it again with this version of mmforget"
             )
-        ids = {key: tuple(value) for key, value in content.pop("ids").items()}
-        return cls(
-            ids=ids,
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()},
-        )
+        lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+        ids = {key: tuple(value) for key, value in content["ids"].items()}
+        return cls(**(content | lists | {"ids": ids}))
 
 
 def read_hashed(path: Path) -> dict[str, Any]:

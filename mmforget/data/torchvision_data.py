@@ -25,8 +25,9 @@ class TorchvisionData(ForgetDataModule):
         root: folder of its files; None for data sets without files.
         dataset_args: further arguments of its constructor.
         download: fetch the files if they are missing. Do this once in a single process.
-        val_split: its own validation split, for data sets with an argument ``split``; None holds
-            one out of the training data.
+        train_split: split to train on, for data sets with an argument ``split``.
+        val_split: split to validate on, likewise; None holds one out of the training data.
+        test_split: split to test on, likewise; None holds one out of the training data.
         val_fraction: expected share of the training data that is held out for validation.
         test_fraction: the same for data sets without a test split.
         image_size: side of the square to which images are cropped and resized; None if all have
@@ -46,7 +47,9 @@ class TorchvisionData(ForgetDataModule):
         root: str | None = None,
         dataset_args: Mapping[str, Any] | None = None,
         download: bool = False,
+        train_split: str = "train",
         val_split: str | None = None,
+        test_split: str | None = "test",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         image_size: int | None = None,
@@ -67,7 +70,11 @@ class TorchvisionData(ForgetDataModule):
         self.root = root
         self.dataset_args = dict(dataset_args or {})
         self.download = download
-        self.val_split = val_split
+        self.splits: dict[Stage, str | None] = {
+            "train": train_split,
+            "val": val_split,
+            "test": test_split,
+        }
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.image_size = image_size
 
@@ -88,27 +95,35 @@ class TorchvisionData(ForgetDataModule):
                     f"`dataset_args` of {self.dataset_name} has no '{name}', "
                     f"{suggest(name, accepted)}"
                 )
-        choices = self._choices(accepted)
-        stages = {
-            stage: self._stage_of(stage, self._open(kind, accepted, choice))
-            for stage, choice in choices.items()
+        sources = {
+            stage: self._open(kind, accepted, choice)
+            for stage, choice in self._choices(accepted).items()
+        }
+        labels = {stage: _labels(self.dataset_name, source) for stage, source in sources.items()}
+        names = _class_names(sources["train"])
+        if names is None:
+            names = tuple(str(n) for n in range(1 + max(int(v.max()) for v in labels.values())))
+        stages: dict[Stage, ImageDataset] = {
+            stage: PictureDataset(
+                f"torchvision.{self.dataset_name}/{stage}",
+                STAGE_IDS[stage] + np.arange(len(source)),
+                labels[stage],
+                names,
+                _Opener(source),
+                self.image_size,
+            )
+            for stage, source in sources.items()
         }
         return complete(stages, self.val_fraction, self.test_fraction)
 
     def _choices(self, accepted: Mapping[str, Any]) -> dict[Stage, dict[str, Any]]:
         """Constructor arguments that select the splits which the data set has."""
         if "split" in accepted:
-            choices: dict[Stage, dict[str, Any]] = {
-                "train": {"split": "train"},
-                "test": {"split": "test"},
-            }
-            if self.val_split is not None:
-                choices["val"] = {"split": self.val_split}
-            return choices
-        if self.val_split is not None:
+            return {stage: {"split": name} for stage, name in self.splits.items() if name}
+        if self.splits["val"] is not None:
             raise ConfigurationError(
-                f"`val_split` is '{self.val_split}', but {self.dataset_name} has no named splits; "
-                "leave it out to hold one out of the training data"
+                f"`val_split` is '{self.splits['val']}', but {self.dataset_name} has no named "
+                "splits; leave it out to hold one out of the training data"
             )
         if "train" in accepted:
             return {"train": {"train": True}, "test": {"train": False}}
@@ -135,18 +150,6 @@ class TorchvisionData(ForgetDataModule):
                 f"{self.dataset_name} refuses its arguments: {error}"
             ) from error
 
-    def _stage_of(self, stage: Stage, source: Any) -> ImageDataset:
-        labels = _labels(self.dataset_name, source)
-        names = getattr(source, "classes", None) or range(int(labels.max()) + 1)
-        return PictureDataset(
-            f"torchvision.{self.dataset_name}/{stage}",
-            STAGE_IDS[stage] + np.arange(len(source)),
-            labels,
-            tuple(_class_name(name) for name in names),
-            _Opener(source),
-            self.image_size,
-        )
-
 
 class _Opener:
     """Opens the pictures of rows; a class, so that loader workers can be sent it."""
@@ -161,7 +164,7 @@ class _Opener:
 
 def _labels(name: str, source: Any) -> np.ndarray:
     """Labels from the usual attributes, which spares decoding; else by reading every sample."""
-    for attribute in ("targets", "labels", "_labels"):
+    for attribute in ("targets", "labels", "_labels", "y"):
         values = getattr(source, attribute, None)
         if values is not None:
             break
@@ -179,6 +182,9 @@ def _labels(name: str, source: Any) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _class_name(name: Any) -> str:
-    """Some data sets list synonyms; the first one is the name."""
-    return str(name[0]) if isinstance(name, tuple) else str(name)
+def _class_names(source: Any) -> tuple[str, ...] | None:
+    """Names by class index, if the data set has them; of synonyms the first is the name."""
+    names = getattr(source, "classes", None) or getattr(source, "categories", None)
+    if names is None:
+        return None
+    return tuple(str(name[0]) if isinstance(name, tuple) else str(name) for name in names)

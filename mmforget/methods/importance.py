@@ -49,9 +49,10 @@ class PerSampleImportance:
     * ``abs_l2_output``: the sum of ``|g_i|``, where ``g_i`` is the gradient of the squared
       Euclidean norm of the logits. Needs no labels.
 
-    The sums don't depend on batch size or order: every pass has the same shape (the last chunk is
+    The sums don't depend on batch size or order. Every pass has the same shape (the last chunk is
     filled up with repeats of weight 0), so that a sample gives the same bits wherever it stands,
-    and they are added up in float64.
+    and they are added up in float64. Only where BLAS rounds the rows of a very small product by
+    their place does this hold to rounding instead of to the bit.
 
     Args:
         model: the model; its frozen parameters are left out, tied ones are counted once.

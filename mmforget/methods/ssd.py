@@ -214,7 +214,7 @@ class SSD(StatisticsMethod):
                 f"(largest {float(_ratio(forget, reference).max()):.3g}); lower "
                 f"{'`alpha`' if self.alpha is not None else '`alpha_rel`'}"
             )
-        old = {n: p.clone() for n, p in self._parameters().items()}
+        old = {n: p.clone() for n, p in self._weights().items()}
         self._dampen(chosen, forget, reference)
         layers = self.importance.views(chosen)
         self._report |= {
@@ -229,11 +229,11 @@ class SSD(StatisticsMethod):
             },
             "relative_change_by_layer": {
                 n: float((p - old[n]).norm() / old[n].norm().clamp(min=1e-12))
-                for n, p in self._parameters().items()
+                for n, p in self._weights().items()
             },
         }
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         return {n: p for n, p in self.model.named_parameters() if n in self.importance.shapes}
 
     def _threshold(self, forget: Tensor, reference: Tensor, share: float) -> float:
@@ -257,7 +257,7 @@ class SSD(StatisticsMethod):
         factor = torch.ones_like(forget)
         factor[chosen] = (self.lam * reference[chosen] / forget[chosen]).clamp(max=1)
         factors = self.importance.views(factor)
-        for name, parameter in self._parameters().items():
+        for name, parameter in self._weights().items():
             scaled = parameter.to(factor.dtype) * factors[name]
             parameter.copy_(scaled)
 
@@ -291,7 +291,7 @@ class SSD(StatisticsMethod):
 
     def _search(self, forget: Tensor, reference: Tensor, share: float) -> float:
         """Largest relative threshold that forgets; the weights are back as they were afterwards."""
-        original = {n: p.clone() for n, p in self._parameters().items()}
+        original = {n: p.clone() for n, p in self._weights().items()}
         start, trials = self._accuracy("retain"), []
         try:
             for alpha_rel in SEARCH_GRID:
@@ -316,7 +316,7 @@ class SSD(StatisticsMethod):
         )
 
     def _restore(self, original: dict[str, Tensor]) -> None:
-        for name, parameter in self._parameters().items():
+        for name, parameter in self._weights().items():
             parameter.copy_(original[name])
 
     def _accuracy(self, role: Literal["forget", "retain"]) -> float:

@@ -28,7 +28,7 @@ def confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scaled_confidence(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p_y - log(1 - p_y), which equals the margin z_y - logsumexp over the other logits.
+    """Margin log p_y - log(1 - p_y), which equals z_y - logsumexp over the other logits.
 
     Roughly normal over samples, where the confidence is not.
 

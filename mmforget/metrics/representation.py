@@ -16,7 +16,7 @@ MIN_BATCH = 4
 
 
 def linear_cka_biased(x: Tensor, y: Tensor) -> float:
-    """Full-batch linear CKA, in [0, 1]. Biased upwards unless there are many more samples than dims.
+    """Full-batch linear CKA, in [0, 1]; biased upwards unless there are far more samples than d.
 
     Args:
         x: (N, d) features of one model.
@@ -207,4 +207,3 @@ class KNNAccuracy(Metric):
             self.k,
         )
         return (predicted == dim_zero_cat(self.query_labels)).double().mean()
-

@@ -80,7 +80,9 @@ def retrained_z(value: float, retrained: Sequence[float], s_min: float) -> float
     return (value - float(np.mean(retrained))) / max(spread, s_min)
 
 
-def progress(value: float, original: float, retrained: Sequence[float], s_min: float) -> float | None:
+def progress(
+    value: float, original: float, retrained: Sequence[float], s_min: float
+) -> float | None:
     """Share of the way from the original to the retrained model: 0 nothing, 1 there, > 1 beyond.
 
     Returns:

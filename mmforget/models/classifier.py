@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,10 @@ from mmforget.models import native
 from mmforget.models.base import Batch, Model, Site, SiteKind
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.native import Architecture, Library, Saved
-from mmforget.models.weights import load_weights
 from mmforget.seeds import derive
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)")
+"""``owner/name``; what ends like a weights file is a file that does not exist."""
 
 
 class ImageClassifier(Model):
@@ -124,7 +127,7 @@ class ImageClassifier(Model):
             )
         self.class_names = tuple(class_names)
         if weights is not None:
-            load_weights(self.network, weights, allow_pickle)
+            native.load(self.network, weights, allow_pickle)
         known = self.architecture or Architecture("custom")
         if mean is None or std is None:
             default_mean, default_std = native.default_statistics(known, self.network, pretrained)
@@ -280,9 +283,13 @@ class ImageClassifier(Model):
     # ---- training -----------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the samples of a batch of the view ``full`` or ``retain``."""
+        """Mean cross-entropy over the samples of a batch of the view ``full`` or ``retain``.
+
+        The mean is that of the batch of all processes, whose gradients are averaged.
+        """
         weight = batch["weight"]
-        loss = (self.loss(batch) * weight).sum() / weight.sum().clamp(min=1)
+        total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum").clamp(min=1)
+        loss = self.trainer.world_size * (self.loss(batch) * weight).sum() / total
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(weight))
         return loss
 
@@ -332,7 +339,7 @@ class ImageClassifier(Model):
         loaders = getattr(self.trainer, f"{stage}_dataloaders")
         if not isinstance(loaders, list | tuple) or len(loaders) == 1:
             return f"{stage}/accuracy"
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         names = data.eval_names(stage) if hasattr(data, "eval_names") else range(len(loaders))
         return f"{stage}/accuracy/{names[loader]}"
 
@@ -452,7 +459,7 @@ def load_classifier(
             allow_pickle=allow_pickle,
         ).eval()
     if not path.is_dir():
-        if path.is_absolute() or path.suffix or str(source).count("/") != 1:
+        if not HUB_ID.fullmatch(str(source)):
             raise MissingFileError(
                 f"there is no '{source}'; give a file, a folder, or a hub id of the form "
                 "'owner/name'"

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmforget.errors import MissingFileError, ModelError, WeightsError, suggest
-from mmforget.models.weights import write_weights
+from mmforget.models.weights import put_weights, read_weights, without_wrapper, write_weights
 
 Library = Literal["timm", "torchvision", "transformers", "custom"]
 LIBRARIES: tuple[Library, ...] = ("timm", "torchvision", "transformers", "custom")
@@ -132,6 +132,13 @@ def _is_json(value: Any) -> bool:
     return True
 
 
+def _with_classes(architecture: Architecture) -> dict[str, Any]:
+    """Arguments of the builder, with the number of classes if it was given."""
+    if architecture.num_classes is None:
+        return architecture.args
+    return {**architecture.args, "num_classes": architecture.num_classes}
+
+
 def _build_timm(architecture: Architecture, pretrained: bool) -> nn.Module:
     import timm
 
@@ -146,8 +153,8 @@ def _build_timm(architecture: Architecture, pretrained: bool) -> nn.Module:
         raise ModelError(
             f"timm has no pretrained weights for '{name}'; leave `pretrained` out or give `weights`"
         )
-    number = {} if architecture.num_classes is None else {"num_classes": architecture.num_classes}
-    network = timm.create_model(name, pretrained=pretrained, **number, **architecture.args)
+    args = _with_classes(architecture)
+    network = timm.create_model(name, pretrained=pretrained, **args)
     return cast(nn.Module, network)
 
 
@@ -159,8 +166,7 @@ def _build_torchvision(architecture: Architecture, pretrained: bool) -> nn.Modul
     choices = models.list_models(module=models)
     if name not in choices:
         raise ModelError(f"torchvision has no classifier '{name}', {suggest(name, choices)}")
-    number = {} if architecture.num_classes is None else {"num_classes": architecture.num_classes}
-    network = models.get_model(name, weights=None, **number, **architecture.args)
+    network = models.get_model(name, weights=None, **_with_classes(architecture))
     if pretrained:
         given = models.get_model_weights(name).DEFAULT.get_state_dict(progress=True)
         own = network.state_dict()
@@ -203,7 +209,7 @@ def _build_transformers(architecture: Architecture, pretrained: bool) -> nn.Modu
             "take for example 'vit', 'deit', 'swin' or 'convnext'"
         )
     found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    classes = list(found) if isinstance(found, list | tuple) else [found]
+    classes: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
     wanted = config.architectures or []
     kind = next((c for c in classes if c.__name__ in wanted), classes[0])
     return cast(nn.Module, kind(config))
@@ -258,7 +264,8 @@ def recognise(network: nn.Module) -> Architecture | None:
     """
     origin = type(network).__module__.partition(".")[0]
     if origin == "transformers" and hasattr(network, "config"):
-        found = Architecture("transformers", network.config.model_type)  # type: ignore[union-attr]
+        config: Any = network.config
+        found = Architecture("transformers", config.model_type)
     elif origin == "timm":
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -382,6 +389,7 @@ def _save_transformers(network: Any, saved: Saved, folder: Path) -> None:
 def _save_plain(network: nn.Module, saved: Saved, folder: Path) -> None:
     """A state dict and a small JSON file, for torchvision and for user networks."""
     architecture = saved.architecture
+    about: dict[str, Any]
     if architecture.library == "custom":
         about = {
             "library": "custom",
@@ -509,6 +517,38 @@ def _described_transformers(folder: Path, config: dict[str, Any]) -> Saved:
     return Saved(
         Architecture("transformers", config["model_type"], number, args), mean, std, ordered
     )
+
+
+def load(network: nn.Module, path: str | Path, allow_pickle: bool = False) -> None:
+    """Replace all weights of a network by those of a file; nothing changes if they do not fit.
+
+    Args:
+        network: the network, changed in place.
+        path: a file in the format of the network's library.
+        allow_pickle: execute the code in a pickle.
+
+    Raises:
+        MissingFileError: there is no such file.
+        WeightsError: the file is damaged, does not fit, or would execute code.
+    """
+    weights = read_weights(path, allow_pickle)
+    if type(network).__module__.startswith("transformers."):
+        weights = _present_names(network, without_wrapper(weights, network))
+    put_weights(network, weights, path)
+
+
+def _present_names(network: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights of transformers the names of this version; its files keep those of the first."""
+    loaded, report = type(network).from_pretrained(
+        None,
+        config=network.config,
+        state_dict=dict(weights),
+        ignore_mismatched_sizes=True,  # `put_weights` finds what does not fit, for all libraries
+        output_loading_info=True,
+    )
+    named = {k: v for k, v in loaded.state_dict().items() if k not in report["missing_keys"]}
+    named |= {key: weights[key] for key in report["unexpected_keys"] if key in weights}
+    return named | {key: weights[key] for key, *_ in report["mismatched_keys"] if key in weights}
 
 
 def weights_file(folder: Path) -> Path:

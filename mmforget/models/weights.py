@@ -80,48 +80,50 @@ def _plain_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     return content
 
 
-def load_weights(network: nn.Module, path: str | Path, allow_pickle: bool = False) -> None:
-    """Replace all weights of a network by those of a file; nothing is loaded if anything differs.
+def put_weights(network: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
+    """Replace all weights of a network; nothing is replaced if anything does not fit.
 
     Args:
         network: the network, changed in place.
-        path: the file; see `read_weights`.
-        allow_pickle: execute the code in a pickle; see `read_weights`.
+        weights: named tensors from `read_weights`. Prefixes that a wrapper has put before every
+            name are ignored.
+        source: where they come from, for messages.
 
     Raises:
-        MissingFileError: there is no such file.
-        WeightsError: the file cannot be read, or its names, shapes or values do not fit.
+        WeightsError: names, shapes or values do not fit.
     """
-    given = _without_wrapper(read_weights(path, allow_pickle), network)
+    given = without_wrapper(weights, network)
     expected = network.state_dict()
     missing = [name for name in expected if name not in given]
     unexpected = [name for name in given if name not in expected]
     if missing or unexpected:
         if any(mark in name for name in unexpected for mark in ADAPTER_MARKS):
             raise WeightsError(
-                f"'{path}' holds an adapter ('{unexpected[0]}'), not full weights; load the base "
+                f"'{source}' holds an adapter ('{unexpected[0]}'), not full weights; load the base "
                 "model and put the adapter on it"
             )
         raise WeightsError(
-            f"'{path}' does not fit {type(network).__name__}: {len(missing)} names are missing"
+            f"'{source}' does not fit {type(network).__name__}: {len(missing)} names are missing"
             f"{_first(missing)}, {len(unexpected)} are unknown{_first(unexpected)}; build the "
             "network with the name and arguments it was trained with"
         )
     for name, value in expected.items():
         if given[name].shape != value.shape:
             raise WeightsError(
-                f"'{path}' does not fit {type(network).__name__}: '{name}' has shape "
+                f"'{source}' does not fit {type(network).__name__}: '{name}' has shape "
                 f"{tuple(given[name].shape)}, the network needs {tuple(value.shape)}; check "
                 "`num_classes` and the network's arguments"
             )
         if given[name].is_floating_point() and not torch.isfinite(given[name]).all():
             raise WeightsError(
-                f"'{path}' has values in '{name}' that are not finite; use an earlier checkpoint"
+                f"'{source}' has values in '{name}' that are not finite; use an earlier checkpoint"
             )
-    network.load_state_dict(given)
+    # `expected` holds version numbers of layers, which safetensors files do not
+    expected.update({name: given[name] for name in expected})
+    network.load_state_dict(expected)
 
 
-def _without_wrapper(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def without_wrapper(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Drop prefixes that the network itself does not use."""
     expected = network.state_dict()
     changed = True

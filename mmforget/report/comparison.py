@@ -36,7 +36,7 @@ class Comparison:
             raise DataError(f"a comparison needs at least two runs, got {len(runs)}")
         first = runs[0]
         for other in runs[1:]:
-            for key, text in (("data_hash", "data"), ("split_hash", "split")):
+            for key, text in (("hash", "data"), ("split_hash", "split")):
                 ours, theirs = first.data.get(key), other.data.get(key)
                 if not ours or ours != theirs:
                     raise DataError(
@@ -60,11 +60,8 @@ class Comparison:
         hashes = {entry.hash for results in runs for entry in results.by_role("original")}
         if len(hashes) > 1:
             remarks.append("The runs start from different original models.")
-        if rest or original:
-            remarks.append(f"Reference models are those of '{titles[0]}'.")
-        return cls(
-            tuple(zip(titles, runs, strict=True)), (*original, *own, *rest), tuple(remarks)
-        )
+        remarks.append(f"Reference models are those of '{titles[0]}'.")
+        return cls(tuple(zip(titles, runs, strict=True)), (*original, *own, *rest), tuple(remarks))
 
 
 def _short(value: object) -> str:

@@ -21,9 +21,11 @@ from mmforget.report.words import (
     ROLES,
     SPLIT_ROLES,
     STAGES,
+    UNITS,
 )
 
 MISSING = "–"
+SHORT_NOTE = 16  # characters that fit into a column
 SEQUENCE_SPLITS = ("forget", "retain", "previous")
 
 
@@ -31,16 +33,18 @@ SEQUENCE_SPLITS = ("forget", "retain", "previous")
 
 
 def number(value: float) -> str:
-    """A number with at most three decimals, thousands separated by a thin space."""
-    if value == 0:
-        return "0"
+    """A number with about three digits, thousands separated by a thin space."""
     size = abs(value)
+    if value == round(value) and size < 1000:
+        return f"{value:.0f}"
     if size >= 1000:
         return f"{value:,.0f}".replace(",", "\u2009")
     if size >= 100:
         return f"{value:.0f}"
     if size >= 10:
         return f"{value:.1f}"
+    if size >= 1:
+        return f"{value:.2f}"
     if size >= 0.01:
         return f"{value:.3f}"
     return f"{value:.1e}"
@@ -57,7 +61,10 @@ def with_unit(row: MetricResult, value: float) -> str:
         return percent(value)
     if row.unit == "bytes":
         return f"{number(value / 2**20)}\u2009MiB"
-    return f"{number(value)}\u2009{row.unit}" if row.unit else number(value)
+    if not row.unit and abs(value) <= 1:
+        return f"{value:.3f}"
+    unit = UNITS.get(row.unit, row.unit)
+    return f"{number(value)}\u2009{unit}" if unit else number(value)
 
 
 def interval(row: MetricResult) -> str:
@@ -93,8 +100,8 @@ def meaning_of(row: MetricResult) -> str:
 
 
 def split_text(split: str) -> str:
-    """``test_forget`` as ``forget · test``."""
-    stage, _, role = split.partition("_")
+    """``test_forget`` or ``test/forget`` as ``forget · test``."""
+    stage, _, role = split.replace("/", "_").partition("_")
     if stage in STAGES and role in SPLIT_ROLES:
         return f"{SPLIT_ROLES[role]} · {STAGES[stage]}"
     if stage in STAGES and role.startswith("missing_"):
@@ -154,7 +161,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """One value as text; either `value` or `error` is empty. `relation`: how it lies to retrained."""
+    """One value as text; either `value` or `error` is empty."""
 
     value: str = MISSING
     interval: str = ""
@@ -193,10 +200,24 @@ def columns_of(results: Results) -> list[Column]:
         entries = results.by_role(role)
         if role == "retrained" and len(entries) > 1:
             sources = tuple((results, entry.name) for entry in entries)
-            columns.append(Column("Retrained", f"mean of {len(entries)}", role, sources))
+            columns.append(Column("retrained", f"mean of {len(entries)}", role, sources))
         for entry in entries:
-            columns.append(Column(entry.name, text, role, ((results, entry.name),)))
+            subtitle = "" if entry.name.startswith(text) else text
+            columns.append(Column(entry.name, subtitle, role, ((results, entry.name),)))
     return columns
+
+
+def cost_columns(columns: Sequence[Column]) -> list[Column]:
+    """The columns of which some cost is known."""
+    return [
+        column
+        for column in columns
+        if any(
+            row.family == "cost" and row.model == model
+            for results, model in column.sources
+            for row in results.metrics
+        )
+    ]
 
 
 def groups_of(columns: Sequence[Column], families: Iterable[Family]) -> list[Group]:
@@ -229,7 +250,7 @@ def groups_of(columns: Sequence[Column], families: Iterable[Family]) -> list[Gro
                 )
             )
         if rows:
-            meanings = dict((title_of(row.metric), meaning_of(row)) for row in found.values())
+            meanings = {title_of(row.metric): meaning_of(row) for row in found.values()}
             groups.append(Group(family, FAMILIES[family], tuple(rows), tuple(meanings.items())))
     return groups
 
@@ -244,7 +265,9 @@ def _cell(rows: Sequence[MetricResult | None], show_n: bool) -> Cell:
     if row.error:
         return Cell(value="", error=row.error, n=n)
     if row.value is None:
-        return Cell(value=row.note or "not defined", interval=interval(row), n=n)
+        short = bool(row.note) and len(row.note) <= SHORT_NOTE
+        word = "censored" if row.censored else "not defined"
+        return Cell(row.note if short else word, interval(row), n, "" if short else row.note)
     value = ("> " if row.censored else "") + with_unit(row, row.value)
     return Cell(value, interval(row), n, row.note, relation=_relation(row))
 
@@ -252,10 +275,10 @@ def _cell(rows: Sequence[MetricResult | None], show_n: bool) -> Cell:
 def _relation(row: MetricResult) -> str:
     """Distance to the retrained models, where the audit has found one."""
     parts = []
-    if row.details.get("progress") is not None:
-        parts.append(f"progress {100 * row.details['progress']:.0f}\u2009%")
     if row.details.get("retrained_z") is not None:
         parts.append(f"z {row.details['retrained_z']:+.1f}")
+    if row.details.get("progress") is not None:
+        parts.append(f"{100 * row.details['progress']:.0f}\u2009% there")
     return ", ".join(parts)
 
 
@@ -281,16 +304,30 @@ def failures_of(results: Results) -> list[str]:
 
 
 def notes_of(results: Results) -> list[str]:
-    """Notes of the metrics, equal ones joined, and how the intervals were made."""
+    """Notes of the metrics, equal ones joined."""
     notes: dict[str, list[str]] = {}
     for row in results.metrics:
         if row.note and row.value is not None:
             name = f"{title_of(row.metric)}" + (f" ({split_text(row.split)})" if row.split else "")
             models = notes.setdefault(f"{name}: {row.note}", [])
             models.append(row.model)
-    texts = [f"{text} [{', '.join(models)}]" for text, models in notes.items()]
+    return [f"{text} [{', '.join(models)}]" for text, models in notes.items()]
+
+
+def reading(results: Results) -> str:
+    """How to read the table of measurements."""
     methods = sorted({row.ci_method for row in results.metrics if row.ci_method})
-    return texts + ([f"95 % intervals: {'; '.join(methods)}."] if methods else [])
+    intervals = f"95 % intervals ({'; '.join(methods)})" if methods else "95 % intervals"
+    return (
+        f"Small numbers are {intervals}. z is the distance to the retrained models in their "
+        "standard deviations, or in the smallest difference that counts if that is more; “there” "
+        "is the way covered from the original (0 %) to the retrained models (100 %)."
+    )
+
+
+def meanings_of(groups: Iterable[Group]) -> dict[str, str]:
+    """The meaning of every metric in the groups, once."""
+    return {name: text for group in groups for name, text in group.meanings}
 
 
 # ---- key figures, sequence, cost, facts ---------------------------------------------------------
@@ -316,8 +353,11 @@ def key_figures(results: Results) -> list[Figure]:
         ("test_retain", "Accuracy on retained data"),
         ("test_previous", "Accuracy on earlier forgotten data"),
     ):
-        rows = {row.model: row for row in results.metrics
-                if (row.metric, row.split) == ("accuracy", split) and row.value is not None}
+        rows = {
+            row.model: row
+            for row in results.metrics
+            if (row.metric, row.split) == ("accuracy", split) and row.value is not None
+        }
         own = rows.get(unlearned[0].name)
         if own is None or own.value is None:
             continue
@@ -362,20 +402,28 @@ def model_rows(results: Results) -> list[tuple[str, list[str]]]:
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as pairs of dotted name and text."""
+    """Nested facts as pairs of name and text."""
     pairs: list[tuple[str, str]] = []
     for key, value in data.items():
+        name = prefix + str(key).replace("_", " ")
         if isinstance(value, Mapping):
-            pairs += flatten(value, f"{prefix}{key}.")
+            pairs += flatten(value, f"{name}: ")
         elif isinstance(value, bool):
-            pairs.append((f"{prefix}{key}", "yes" if value else "no"))
+            pairs.append((name, "yes" if value else "no"))
         elif isinstance(value, float):
-            pairs.append((f"{prefix}{key}", number(value)))
+            pairs.append((name, number(value)))
         elif isinstance(value, list | tuple):
-            pairs.append((f"{prefix}{key}", ", ".join(str(item) for item in value)))
+            pairs.append((name, ", ".join(str(item) for item in value) or MISSING))
         else:
-            pairs.append((f"{prefix}{key}", MISSING if value is None else str(value)))
+            pairs.append((name, MISSING if value is None else str(value)))
     return pairs
+
+
+def method_facts(results: Results, entry: ModelEntry) -> list[tuple[str, str]]:
+    """What a method read, and its own statistics; costs only where the table has no row of them."""
+    shown = {row.metric for row in results.metrics if row.family == "cost"}
+    cost = {key: value for key, value in entry.cost.items() if key not in shown}
+    return [("read", access_text(entry)), *flatten(cost), *flatten(entry.details)]
 
 
 def access_text(entry: ModelEntry) -> str:
@@ -400,11 +448,16 @@ def data_facts(results: Results) -> list[tuple[str, str]]:
 
 
 def request_facts(results: Results) -> list[tuple[str, str]]:
-    """Each request by name: what it asked, and its goal."""
-    return [
+    """Each request by name, what it asked, and its goal; the data and the sizes of its splits."""
+    facts = [
         (str(row["name"]), f"{request_text(row, results)} ({row['goal'].replace('_', ' ')})")
         for row in results.requests
     ]
+    sizes = results.data.get("sizes", {})
+    samples = ", ".join(
+        f"{split_text(split)} {number(size)}" for split, size in sizes.items() if size
+    )
+    return [*facts, ("data", f"{results.data['name']}: {samples}")]
 
 
 def check_rows(results: Results) -> list[tuple[str, str, str]]:

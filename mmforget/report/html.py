@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page that reads well without scripts, in print and in the dark."""
+"""`report.html`: one self-contained page, readable without scripts, in print, in the dark."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def environment_for(escape: bool) -> Environment:
 
 
 def _render(template: str, **values: object) -> str:
-    return environment_for(escape=True).get_template(template).render(
-        content=content, pictures=pictures, words=words, **values
+    return (
+        environment_for(escape=True)
+        .get_template(template)
+        .render(content=content, pictures=pictures, words=words, **values)
     )

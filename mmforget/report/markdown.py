@@ -30,12 +30,22 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Markdown:
 
 def metric_table(columns: Sequence[content.Column], group: content.Group) -> Markdown:
     """The metrics of one family over all models."""
-    head = ["metric", "split", "good is", "n", *(f"{c.title} ({c.subtitle})" for c in columns)]
+    head = ["metric", "split", "good is", "n", *map(_column_title, columns)]
     rows = [
-        [row.title, row.split, row.direction, row.n.removeprefix("n = "), *map(cell_text, row.cells)]
+        [
+            row.title,
+            row.split,
+            row.direction,
+            row.n.removeprefix("n = "),
+            *map(cell_text, row.cells),
+        ]
         for row in group.rows
     ]
     return table(head, rows)
+
+
+def _column_title(column: content.Column) -> str:
+    return column.title + (f" ({column.subtitle})" if column.subtitle else "")
 
 
 def cell_text(cell: content.Cell) -> str:
@@ -57,15 +67,15 @@ def track_table(tracks: Sequence[pictures.Track]) -> Markdown:
     )
 
 
-def relearning_table(results: Results) -> Markdown:
+def relearning_table(results: Results, key: str) -> Markdown:
     """Accuracy at the last step of the relearning attack, per model, rate and seed."""
     last: dict[tuple[str, float, int], tuple[int, float]] = {}
-    for row in results.curves.get("relearning", []):
-        key = (row["model"], row["learning_rate"], row["seed"])
-        last[key] = max(last.get(key, (-1, 0.0)), (row["step"], row["accuracy"]))
+    for row in results.curves[key]:
+        run = (row["model"], row["learning_rate"], row["seed"])
+        last[run] = max(last.get(run, (-1, 0.0)), (row["step"], row["accuracy"]))
     return table(
         ["model", "learning rate", "seed", "steps", "accuracy"],
-        [[*key, step, content.percent(value)] for key, (step, value) in last.items()],
+        [[*run, step, content.percent(value)] for run, (step, value) in last.items()],
     )
 
 

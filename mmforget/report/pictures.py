@@ -1,7 +1,7 @@
 """Geometry of the charts. The templates draw them as inline SVG and HTML, coloured by CSS.
 
 Lines are drawn in a box of 100 x 100 units that the page stretches to any width, while all text is
-HTML beside it: so letters keep their size on a phone and in print, and colours follow the dark mode.
+HTML beside it: so letters keep their size on a phone and in print, and colours follow dark mode.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmforget.audit.results import MetricResult, Results
+from mmforget.audit.results import MetricResult, Results, Role
 from mmforget.report.content import (
     class_name,
     forgotten_classes,
+    number,
     percent,
     split_text,
     title_of,
@@ -25,6 +26,8 @@ from mmforget.report.words import SPLIT_ROLES
 
 MAX_CLASSES = 24
 MAX_CONFUSED = 12
+DRAWN = ("random_init", "control", "original", "held_out", "retrained", "unlearned")
+COMPARED: tuple[Role, ...] = ("original", "retrained", "unlearned")
 DASHES = ("", "5 3", "1.5 3", "8 3 1.5 3")
 
 
@@ -49,6 +52,11 @@ class LineChart:
     x_ticks: tuple[tuple[float, str], ...]
     borders: tuple[float, ...] = ()
 
+    @property
+    def drawn(self) -> list[Series]:
+        """The lines in the order of drawing: the unlearned model covers the rest."""
+        return sorted(self.series, key=lambda line: _layer(line.style))
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -69,6 +77,11 @@ class Track:
     low: str = ""
     high: str = ""
     marked: bool = False
+
+
+def _layer(style: str) -> int:
+    role = style.removeprefix("role-")
+    return DRAWN.index(role) if role in DRAWN else 0
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
@@ -124,17 +137,23 @@ def forgetting_chart(results: Results) -> LineChart | None:
     )
 
 
-def relearning_chart(results: Results) -> LineChart | None:
-    """Accuracy on the forgotten data while each model is taught again, at its worst learning rate.
+def relearning_chart(results: Results, key: str) -> LineChart | None:
+    """Accuracy on the forgotten data while each model is taught again.
 
-    The worst rate is the one with the highest mean over seeds and steps: the attacker chooses.
+    The attacker chooses the learning rate: of every seed the curve with the largest mean counts.
+    Lines are means over seeds.
+
+    Args:
+        results: with curves.
+        key: ``relearning`` (all layers) or ``relearning_head`` (the last layer).
     """
-    runs: dict[str, dict[float, dict[int, list[float]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
+    runs: dict[str, dict[tuple[int, float], list[tuple[int, float]]]] = {}
+    for row in results.curves.get(key, []):
+        run = runs.setdefault(row["model"], {}).setdefault((row["seed"], row["learning_rate"]), [])
+        run.append((row["step"], row["accuracy"]))
+    last = max(
+        (step for found in runs.values() for run in found.values() for step, _ in run), default=0
     )
-    for row in results.curves.get("relearning", []):
-        runs[row["model"]][row["learning_rate"]][row["step"]].append(row["accuracy"])
-    last = max((step for rates in runs.values() for r in rates.values() for step in r), default=0)
     if not last:
         return None
     series = []
@@ -142,33 +161,38 @@ def relearning_chart(results: Results) -> LineChart | None:
     for entry in results.models:
         if entry.name not in runs:
             continue
-        means = {
-            rate: {step: statistics.fmean(values) for step, values in sorted(steps.items())}
-            for rate, steps in runs[entry.name].items()
-        }
-        rate = max(means, key=lambda rate: statistics.fmean(means[rate].values()))
-        points = [(100 * step / last, value) for step, value in means[rate].items()]
+        best: dict[int, list[tuple[int, float]]] = {}
+        for (seed, _), run in runs[entry.name].items():
+            if seed not in best or _mean(run) > _mean(best[seed]):
+                best[seed] = run
+        values: dict[int, list[float]] = defaultdict(list)
+        for run in best.values():
+            for step, accuracy in run:
+                values[step].append(accuracy)
+        points = [(100 * step / last, statistics.fmean(found)) for step, found in values.items()]
         dash = DASHES[styles[entry.role] % len(DASHES)]
         styles[entry.role] += 1
-        name = f"{entry.name} (rate {rate:g})"
-        series.append(Series(name, f"role-{entry.role}", dash, _path(points), ""))
-    ticks = tuple((100 * part / 4, f"{round(last * part / 4)}") for part in range(5))
+        series.append(Series(entry.name, f"role-{entry.role}", dash, _path(sorted(points)), ""))
+    ticks = tuple((100 * part / 2, number(round(last * part / 2))) for part in range(3))
+    layers = "all layers" if key == "relearning" else "last layer only"
     return LineChart(
-        "Relearning: accuracy on forgotten data while the model is taught again",
-        "steps of training on forgotten images",
-        tuple(series),
-        ticks,
+        f"Relearning the forgotten data, {layers}", "steps of the attack", tuple(series), ticks
     )
+
+
+def _mean(run: Sequence[tuple[int, float]]) -> float:
+    return statistics.fmean(accuracy for _, accuracy in run)
 
 
 def _pooled(results: Results, table: dict[str, list[Any]], index: int) -> list[Mark]:
     """Marks of original, unlearned and the mean of the retrained models for one class."""
     marks = []
-    for role in ("original", "retrained", "unlearned"):
+    for role in COMPARED:
         names = [entry.name for entry in results.by_role(role) if entry.name in table]
         if role == "retrained":
             known = [table[name][index] for name in names if table[name][index] is not None]
-            found = [(f"retrained, mean of {len(known)}", statistics.fmean(known))] if known else []
+            name = f"retrained, mean of {len(known)}" if len(known) > 1 else "retrained"
+            found = [(name, statistics.fmean(known))] if known else []
         else:
             found = [(n, table[n][index]) for n in names if table[n][index] is not None]
         marks += [
@@ -178,7 +202,7 @@ def _pooled(results: Results, table: dict[str, list[Any]], index: int) -> list[M
 
 
 def class_tracks(results: Results) -> tuple[list[Track], str]:
-    """Accuracy per class before, after and of the retrained models, and a remark on what is left out.
+    """Accuracy per class before, after and of retrained models, and a remark on what is left out.
 
     With many classes only the forgotten and the most changed ones are shown.
     """
@@ -194,8 +218,9 @@ def class_tracks(results: Results) -> tuple[list[Track], str]:
             tracks.append(Track(name, marks, _summary(marks), marked=name in forgotten))
     if len(tracks) <= MAX_CLASSES:
         return tracks, ""
-    change = {t.label: max(m.position for m in t.marks) - min(m.position for m in t.marks)
-              for t in tracks}
+    change = {
+        t.label: max(m.position for m in t.marks) - min(m.position for m in t.marks) for t in tracks
+    }
     ranked = sorted(tracks, key=lambda t: (not t.marked, -change[t.label]))
     chosen = {track.label for track in ranked[:MAX_CLASSES]}
     remark = f"{len(tracks) - MAX_CLASSES} classes with smaller differences are in results.json."
@@ -214,11 +239,15 @@ def confusion_tracks(results: Results) -> tuple[list[Track], str]:
         marks = tuple(_pooled(results, table, index))
         if any(mark.position >= 0.05 for mark in marks):
             tracks.append(Track(name, marks, _summary(marks), marked=name in forgotten))
-    tracks.sort(key=lambda track: -max(m.position for m in track.marks if m.style != "role-original")
-                if any(m.style != "role-original" for m in track.marks) else 0)
+    tracks.sort(key=_unlearned_first)
     rest = len(tracks) - MAX_CONFUSED
     remark = f"{rest} rarer classes are in results.json." if rest > 0 else ""
     return tracks[:MAX_CONFUSED], remark
+
+
+def _unlearned_first(track: Track) -> list[float]:
+    positions = {mark.style: mark.position for mark in track.marks}
+    return [-positions.get(f"role-{role}", 0.0) for role in ("unlearned", "retrained", "original")]
 
 
 def _summary(marks: Sequence[Mark]) -> str:
@@ -228,38 +257,43 @@ def _summary(marks: Sequence[Mark]) -> str:
 
 
 def attack_tracks(results: Results) -> list[Track]:
-    """Where every model lies on the scale of each privacy, representation and relearning metric."""
+    """Where every model lies on the scale of each privacy, representation and relearning metric.
+
+    Censored values lie at the right end, beyond all others.
+    """
     groups: dict[tuple[str, str], list[MetricResult]] = defaultdict(list)
     for row in results.metrics:
-        if row.family in ("privacy", "representation", "relearning") and row.value is not None:
+        if row.family in ("privacy", "representation", "relearning"):
             groups[row.metric, row.split].append(row)
-    roles = {entry.name: entry.role for entry in results.models}
-    # later marks cover earlier ones: the unlearned model comes last
-    order = ("random_init", "control", "original", "held_out", "retrained", "unlearned")
     tracks = []
     for (metric, split), rows in groups.items():
         values = [row.value for row in rows if row.value is not None]
-        low = rows[0].low if rows[0].low is not None else min(0.0, *values)
-        high = rows[0].high if rows[0].high is not None else max(values)
+        if not values:
+            continue
+        first = rows[0]
+        low = first.low if first.low is not None else min(0.0, *values)
+        high = first.high if first.high is not None else max(values)
         if high <= low:
             continue
-        marks = sorted(
-            (
-                Mark(
-                    f"role-{roles[row.model]}",
-                    min(100.0, max(0.0, 100 * (row.value - low) / (high - low))),
-                    f"{row.model}: {'> ' if row.censored else ''}{with_unit(row, row.value)}",
-                )
-                for row in rows
-                if row.value is not None and row.model in roles
-            ),
-            key=lambda mark: order.index(mark.style.removeprefix("role-")),  # type: ignore[arg-type]
-        )
+        beyond = [row for row in rows if row.censored]
+        width = (90.0 if beyond else 100.0) / (high - low)
+        end = (beyond[0].note or "censored") if beyond else with_unit(first, high)
+        marks = []
+        for row in rows:
+            style = f"role-{_role(results, row.model)}"
+            if row.value is not None:
+                place = min(100.0, max(0.0, width * (row.value - low)))
+                marks.append(Mark(style, place, f"{row.model}: {with_unit(row, row.value)}"))
+            elif row.censored:
+                marks.append(Mark(style, 100.0, f"{row.model}: {end}"))
+        marks.sort(key=lambda mark: _layer(mark.style))
         label = title_of(metric) + (f" ({split_text(split)})" if split else "")
-        tracks.append(
-            Track(label, tuple(marks), "", with_unit(rows[0], low), with_unit(rows[0], high))
-        )
+        tracks.append(Track(label, tuple(marks), "", with_unit(first, low), end))
     return tracks
+
+
+def _role(results: Results, model: str) -> str:
+    return next(entry.role for entry in results.models if entry.name == model)
 
 
 @dataclass(frozen=True)
@@ -272,7 +306,10 @@ class Picture:
 
 
 def pictures(results: Results, kind: str) -> list[Picture]:
-    """The example images of one kind, in the order of the results, without their sample ids."""
+    """The example images of one kind, in the order of the results, without their sample ids.
+
+    Only the predictions of original, unlearned and retrained models: controls would crowd them out.
+    """
     roles = {entry.name: entry.role for entry in results.models}
     first = results.models[0].name if results.models else ""
     found = []
@@ -288,12 +325,13 @@ def pictures(results: Results, kind: str) -> list[Picture]:
                 tuple(
                     (
                         model,
-                        roles.get(model, ""),
+                        roles[model],
                         class_name(results, predicted),
                         f"{100 * probability:.0f}\u2009%",
                         predicted != before,
                     )
                     for model, (predicted, probability) in predictions.items()
+                    if roles.get(model) in COMPARED
                 ),
             )
         )

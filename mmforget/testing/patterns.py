@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,7 +49,7 @@ class PatternData(ForgetDataModule):
 
     def __init__(
         self,
-        size: int = 150,
+        size: int = 155,
         noise: float = 0.25,
         batch_size: int = 16,
         seed: int = 0,
@@ -68,7 +71,15 @@ class PatternData(ForgetDataModule):
 
 
 def pattern_model(seed: int = 0, epochs: int = 8) -> ImageClassifier:
-    """A small vision transformer that has learnt `PatternData`, in eval mode."""
+    """A small vision transformer that has learnt `PatternData`, in eval mode.
+
+    It is trained once per process; every call returns a copy of its own.
+    """
+    return copy.deepcopy(_trained(seed, epochs))
+
+
+@cache
+def _trained(seed: int, epochs: int) -> ImageClassifier:
     model = ImageClassifier(
         "vit_tiny_patch16_224",
         num_classes=len(CLASS_NAMES),
@@ -78,7 +89,11 @@ def pattern_model(seed: int = 0, epochs: int = 8) -> ImageClassifier:
     ).fresh(seed)
     images = PatternData().dataset("train")
     order = generator(seed, "pattern-model")
-    batches = [rows for _ in range(epochs) for rows in torch.randperm(150, generator=order).split(30)]
+    batches = [
+        rows
+        for _ in range(epochs)
+        for rows in torch.randperm(len(images), generator=order).split(30)
+    ]
     optimizer, schedule = model.optimizers_for(len(batches))
     for rows in batches:
         optimizer.zero_grad()

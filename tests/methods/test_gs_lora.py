@@ -316,9 +316,7 @@ def test_both_prototype_terms_act(tiny_model, tiny_data):
     method = GSLoRAPlusPlus(tiny_model, w_forget=0.5, w_retain=0.25)
     method.bind(tiny_data)
     method.compute_prototypes()
-    batch = {
-        role: tiny_data.subset("train", role)[list(range(8))] for role in ("forget", "retain")
-    }
+    batch = {role: tiny_data.subset("train", role)[list(range(8))] for role in ("forget", "retain")}
     terms = method.losses(batch)
     divergences = {
         role: prototype_divergence(

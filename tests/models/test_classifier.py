@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import transformers
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -74,7 +75,9 @@ BUILDERS: dict[str, Callable[[], ImageClassifier]] = {
     "timm ResNet": functools.partial(ImageClassifier, "test_resnet", 5),
     "timm EfficientNet": functools.partial(ImageClassifier, "test_efficientnet", 5),
     "timm ConvNeXt": functools.partial(ImageClassifier, "test_convnext", 5),
-    "torchvision ResNet": functools.partial(ImageClassifier, "resnet18", 5, "torchvision"),
+    "torchvision ShuffleNet": functools.partial(
+        ImageClassifier, "shufflenet_v2_x0_5", 5, "torchvision"
+    ),
     "torchvision MobileNet": functools.partial(
         ImageClassifier, "mobilenet_v3_small", 5, "torchvision"
     ),
@@ -209,7 +212,7 @@ def test_heads_by_name() -> None:
     assert found["timm ViT"] == ("head",)
     assert found["timm distilled DeiT"] == found["timm LeViT"] == ("head", "head_dist")
     assert found["timm EfficientNet"] == found["transformers ViT"] == ("classifier",)
-    assert found["torchvision ResNet"] == found["own class"] == ("fc",)
+    assert found["torchvision ShuffleNet"] == found["own class"] == ("fc",)
     assert found["torchvision MobileNet"] == ("classifier.3",)
     model = BUILDERS["timm distilled DeiT"]()
     assert {id(p) for p in model.head.parameters()} == {
@@ -283,7 +286,7 @@ def test_the_number_of_classes_must_fit() -> None:
     assert ImageClassifier(Net(classes=7)).num_classes == 7
     with pytest.raises(ModelError, match="no linear layer with 6 outputs"):
         ImageClassifier(Net(), 6)
-    with pytest.raises(ModelError, match="`head` |has 5 outputs, but `num_classes` is 6"):
+    with pytest.raises(ModelError, match=r"has 5 outputs, but `num_classes` is 6"):
         ImageClassifier(Net(), 6, head="fc")
     with pytest.raises(ModelError, match="at least 2"):
         tiny_vit(num_classes=1)
@@ -291,6 +294,7 @@ def test_the_number_of_classes_must_fit() -> None:
         tiny_vit(class_names=("a", "b"))
 
 
+@pytest.mark.slow  # the first import of the compiler
 def test_a_compiled_network_is_unwrapped() -> None:
     model = ImageClassifier(torch.compile(Net()))
     assert isinstance(model.network, Net)
@@ -333,7 +337,7 @@ def test_fresh_keeps_the_recipe_and_leaves_the_trainer(
 
 
 def test_fresh_needs_to_know_how(batch: dict[str, Tensor]) -> None:
-    with pytest.raises(ModelError, match="Net was given as an object.*library='custom'"):
+    with pytest.raises(ModelError, match=r"Net was given as an object.*library='custom'"):
         ImageClassifier(Net()).fresh(0)
     shared = Net()
     with pytest.raises(ModelError, match="returned the same weights twice"):
@@ -386,8 +390,8 @@ def test_networks_that_cannot_be_built(settings: dict[str, Any], message: str) -
         {"network": "some/model", "library": "transformers"},
     ],
 )
-def test_downloads_that_fail(settings: dict[str, Any]) -> None:
-    """Tests run with HF_HUB_OFFLINE=1."""
+def test_downloads_that_fail(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingFileError, match="check the name and the connection"):
         ImageClassifier(**settings)
 
@@ -466,6 +470,32 @@ def test_training_lowers_the_loss_and_counts_every_sample(
     assert predicted["probability"].sum(1) == pytest.approx(torch.ones(3))
 
 
+class Sliced(Loaders):
+    """Gives each process its part of the batch."""
+
+    def __iter__(self) -> Any:
+        rank, world = 0, 1
+        if torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for batch in self.batches:
+            yield {name: value[rank::world] for name, value in batch.items()}
+
+
+def test_two_processes_equal_one(
+    batch: dict[str, Tensor], quiet_trainer: Callable[..., Trainer]
+) -> None:
+    """Also where padding leaves one process with fewer samples."""
+    single, double = tiny_vit().fresh(0), tiny_vit().fresh(0)
+    data = Sliced(batch, batch, batch)
+    one = quiet_trainer(use_distributed_sampler=False)
+    one.fit(single, data, data)
+    two = quiet_trainer(strategy="ddp_fork", devices=2, use_distributed_sampler=False)
+    two.fit(double, data, data)
+    assert torch.allclose(single.eval()(batch["image"]), double.eval()(batch["image"]), atol=1e-5)
+    accuracy = one.callback_metrics["val/accuracy"]
+    assert two.callback_metrics["val/accuracy"] == pytest.approx(accuracy)
+
+
 def test_padding_does_not_train(
     batch: dict[str, Tensor], quiet_trainer: Callable[..., Trainer]
 ) -> None:
@@ -519,33 +549,22 @@ def test_the_schedule_follows_the_trainer(
 def test_resuming_from_a_checkpoint(
     batch: dict[str, Tensor], quiet_trainer: Callable[..., Trainer], tmp_path: Any
 ) -> None:
-    straight = tiny_vit().fresh(0)
-    quiet_trainer(max_epochs=4).fit(straight, Loaders(batch, batch))
-
-    class Stop(Exception):
-        pass
-
-    class Interrupted(ImageClassifier):
-        def on_train_epoch_start(self) -> None:
-            if self.current_epoch == 2:
-                self.trainer.save_checkpoint(tmp_path / "half.ckpt")
-                raise Stop
-
-    half = Interrupted("vit_tiny_patch16_224", num_classes=5, network_args=TINY).fresh(0)
-    with pytest.raises(Stop):
-        quiet_trainer(max_epochs=4).fit(half, Loaders(batch, batch))
-    resumed = tiny_vit().fresh(7)
-    quiet_trainer(max_epochs=4).fit(
-        resumed, Loaders(batch, batch), ckpt_path=tmp_path / "half.ckpt", weights_only=True
-    )
+    every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    straight = tiny_vit(weight_decay=0.125).fresh(0)
+    trainer = quiet_trainer(max_epochs=4, enable_checkpointing=True, callbacks=[every])
+    trainer.fit(straight, Loaders(batch, batch))
+    resumed = tiny_vit(weight_decay=0.125).fresh(7)
+    half = tmp_path / "epoch=1.ckpt"
+    trainer = quiet_trainer(max_epochs=4)
+    trainer.fit(resumed, Loaders(batch, batch), ckpt_path=half, weights_only=True)
+    assert trainer.global_step == 8
     assert state_hash(resumed) == state_hash(straight)
-    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "half.ckpt", weights_only=True)
-    assert state_hash(loaded) == state_hash(half)
+    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "epoch=3.ckpt", weights_only=True)
+    assert state_hash(loaded) == state_hash(straight)
+    assert loaded.weight_decay == 0.125
 
 
 def test_networks_are_not_written_into_hyperparameters() -> None:
-    for network in (Net(), Net, OrderedDict):
-        if network is OrderedDict:
-            continue
-        assert "network" not in ImageClassifier(network).hparams
+    assert "network" not in ImageClassifier(Net()).hparams
+    assert "network" not in ImageClassifier(Net).hparams
     assert tiny_vit().hparams["network"] == "vit_tiny_patch16_224"

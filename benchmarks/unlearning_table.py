@@ -1,0 +1,265 @@
+"""One table of all methods, controls and retrained models on one data set.
+
+    python benchmarks/unlearning_table.py digit_world
+    python benchmarks/unlearning_table.py cifar10 --folder ../shared/data/cifar10
+
+Per seed: an original model, two retrained references and a held-out one are trained, every method
+carries out two requests in sequence, and one audit measures everything. Finished parts are kept in
+the work folder, so that a stopped run goes on where it was, and `--seeds` can be spread over
+processes (`--render` then writes the table from all seeds found). Results go to
+`benchmarks/results/<data set>.json` and `.md`. Hyper-parameters were fixed before the first test
+image was looked at, and are the same for all seeds; methods that miss are shown as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from mmforget import (
+    CIFAR10,
+    SCRUB,
+    SSD,
+    DigitWorld,
+    ForgetDataModule,
+    ForgetRequest,
+    GSLoRA,
+    GSLoRAPlusPlus,
+    ImageClassifier,
+    NegGradPlus,
+    RandomLabels,
+    Retrain,
+    SalUn,
+    SequenceRunner,
+    load_classifier,
+)
+from mmforget.artifacts.run_folder import atomic_write
+from mmforget.audit.controls import make_controls
+from mmforget.audit.protocol import audit
+from mmforget.audit.results import ModelEntry, Results, Role
+from mmforget.audit.scene import AuditedModel, AuditSettings
+from mmforget.models import Model, state_hash
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCES, HELD_OUT = 2, 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with the settings and epochs of this benchmark."""
+
+    make: Callable[..., Any]
+    epochs: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class World:
+    """A data set with its network, its requests and the settings of every method."""
+
+    data: Callable[..., ForgetDataModule]
+    data_settings: dict[str, Any]
+    limits: dict[str, Any]
+    network: str
+    network_args: dict[str, Any]
+    recipe: dict[str, Any]
+    epochs: int
+    requests: tuple[str, ...]
+    methods: dict[str, Row]
+
+
+PAIRED = {"lr": 3e-4}
+DIGIT_WORLD = World(
+    data=DigitWorld,
+    data_settings={"variants": 16, "batch_size": 64},
+    limits={"retain_fraction": 0.25},
+    network="vit_tiny_patch16_224",
+    network_args={"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
+    recipe={"lr": 1e-3, "warmup": 0.15},
+    epochs=7,
+    requests=("three", "seven"),
+    methods={
+        "GS-LoRA++": Row(GSLoRAPlusPlus, 4),
+        "GS-LoRA++ proximal": Row(GSLoRAPlusPlus, 4, {"proximal": True, "sparsity": 20.0}),
+        "GS-LoRA": Row(GSLoRA, 4),
+        "SSD": Row(SSD, 1),
+        "NegGrad+": Row(NegGradPlus, 4),
+        "Random labels": Row(RandomLabels, 4),
+        "SCRUB": Row(SCRUB, 4),
+        "SalUn": Row(SalUn, 4),
+    },
+)
+CIFAR = World(
+    data=CIFAR10,
+    data_settings={"batch_size": 128, "augment": True},
+    limits={"retain_fraction": 0.1, "augment": False},
+    network="convnext_atto",
+    network_args={"depths": (1, 1, 2, 1), "dims": (32, 64, 96, 128), "patch_size": 2},
+    recipe={"lr": 4e-3, "warmup": 0.15},
+    epochs=12,
+    requests=("airplane", "dog"),
+    methods=DIGIT_WORLD.methods,
+)
+WORLDS = {"digit_world": DIGIT_WORLD, "cifar10": CIFAR}
+
+
+def quiet(**settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
+def trained(world: World, seed: int, number: int | None, folder: Path, place: dict) -> Model:
+    """The original (`number` None) or a retrained model, from the work folder if it is there."""
+    if (folder / "training.json").is_file():
+        return load_classifier(folder)
+    data = world.data(**place, **world.data_settings, seed=seed)
+    data.request(ForgetRequest(classes=world.requests))
+    original = ImageClassifier(
+        world.network,
+        num_classes=data.num_classes,
+        network_args=world.network_args,
+        class_names=data.class_names,
+        **world.recipe,
+    ).fresh(seed)
+    start = time.perf_counter()
+    trainer = quiet(max_epochs=world.epochs)
+    if number is None:
+        data.view, model = "full", original
+        trainer.fit(original, datamodule=data)
+        passes = 3.0 * world.epochs * len(data.dataset("train"))
+    else:
+        method = Retrain(original, seed=1000 * (number + 1) + seed)
+        data.view = "retain"
+        trainer.fit(method, datamodule=data)
+        model = method.finalize()
+        passes = method.cost()["sample_passes"]
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_native(folder)
+    cost = {"seconds": time.perf_counter() - start, "sample_passes": passes}
+    atomic_write(folder / "training.json", json.dumps({"cost": cost}))
+    print(f"seed {seed}: trained {folder.name} in {cost['seconds']:.0f} s", flush=True)
+    return model.eval()
+
+
+def entry(name: str, role: Role, model: Model, folder: Path, **more: Any) -> AuditedModel:
+    note = json.loads((folder / "training.json").read_text()) if folder.exists() else {}
+    cost = more.pop("cost", note.get("cost", {}))
+    return AuditedModel(
+        ModelEntry(name, role, hash=state_hash(model), source=folder.name, cost=cost, **more), model
+    )
+
+
+def run_seed(name: str, seed: int, work: Path, place: dict, only: list[str] | None) -> Results:
+    world = WORLDS[name]
+    home = work / name / f"seed-{seed}"
+    original = trained(world, seed, None, home / "original", place)
+    models = [entry("original", "original", original, home / "original")]
+    requests = [ForgetRequest(classes=(label,)) for label in world.requests]
+    for title, row in world.methods.items():
+        if only and title not in only:
+            continue
+        settings = world.data_settings | world.limits
+        if row.make is SSD:
+            settings = settings | {"retain_fraction": 1.0}  # one pass over everything
+        data = world.data(**place, **settings, seed=seed)
+        runner = SequenceRunner(
+            original,
+            lambda model, row=row: row.make(model, seed=seed, **row.settings),
+            data,
+            requests,
+            lambda row=row, **more: quiet(max_epochs=row.epochs, **more),
+            home / title.replace(" ", "_"),
+        )
+        try:
+            outcome = runner.run()
+        except Exception as error:
+            print(f"seed {seed}: {title} failed: {error}", flush=True)
+            raise
+        last = outcome.steps[-1]
+        models.append(
+            entry(
+                title,
+                "unlearned",
+                outcome.model,
+                home / "none",
+                method=last.method,
+                access=last.access,
+                cost=outcome.cost(),
+                details={step.request.name: step.statistics for step in outcome.steps},
+            )
+        )
+        shown = {(r["step"], r["split"]): round(r["accuracy"], 4) for r in outcome.rows}
+        print(f"seed {seed}: {title}: {shown}", flush=True)
+    for number in range(REFERENCES + HELD_OUT):
+        role: Role = "retrained" if number < REFERENCES else "held_out"
+        folder = home / f"{role}_{number + 1}"
+        models.append(
+            entry(f"{role} {number + 1}", role, trained(world, seed, number, folder, place), folder)
+        )
+    data = world.data(**place, **world.data_settings, seed=seed)
+    data.request(*requests)
+    models += make_controls(original, data, ["identity", "logit_mask", "head_only"])
+    results = audit(models, data, requests, AuditSettings(seed=seed, examples=0))
+    atomic_write(home / "results.json", results.to_json())
+    return results
+
+
+COLUMNS = (
+    ("accuracy", "test_forgotten", "forgotten, accuracy %", 100),
+    ("accuracy", "test_retain", "retained, accuracy %", 100),
+    ("membership_auc", "", "membership AUC", 1),
+    ("probe_recall", "", "probe recall %", 100),
+    ("cka_retrained", "", "CKA to retrained, forgotten", 1),
+)
+
+
+def cell(values: list[float], scale: float) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values) * scale
+    digits = 1 if scale == 100 else 2
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("world", choices=list(WORLDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks"))
+    parser.add_argument("--folder", help="folder of the data, for CIFAR-10")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--render", action="store_true", help="only write the table")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    place = {"folder": given.folder} if given.folder else {}
+    if not given.render:
+        for seed in given.seeds:
+            run_seed(given.world, seed, given.work, place, given.methods)
+    found = sorted((given.work / given.world).glob("seed-*/results.json"))
+    if not math.isclose(len(found), 0):
+        render(given.world, [Results.load(path) for path in found])
+
+
+if __name__ == "__main__":
+    main()

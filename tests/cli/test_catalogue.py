@@ -1,0 +1,90 @@
+"""The static table says what the classes say."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mmforget.models.base as capabilities
+from mmforget.cli.catalogue import CATALOGUE, DATA, METHODS, MODELS, Entry, fits
+from mmforget.cli.main import main
+from mmforget.data.base import ForgetDataModule
+from mmforget.methods.base import ForgettingMethod
+from mmforget.models.base import Model
+
+REPOSITORY = Path(__file__).parents[2]
+EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
+
+
+def resolve(entry: Entry) -> Any:
+    module, _, name = entry.target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("entry", EVERYTHING, ids=lambda entry: entry.name)
+def test_entry_exists_and_is_described(entry: Entry) -> None:
+    assert inspect.getdoc(resolve(entry))
+    assert 10 <= len(entry.summary) <= 90
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_methods_declare_what_the_table_says(entry: Entry) -> None:
+    method = resolve(entry)
+    assert issubclass(method, ForgettingMethod)
+    assert set(entry.capabilities) == {need.__name__ for need in method.requires}
+    assert entry.reads == method.access.retain
+
+
+@pytest.mark.parametrize("entry", MODELS, ids=lambda entry: entry.name)
+def test_models_offer_what_the_table_says(entry: Entry, tiny_model: Model) -> None:
+    assert isinstance(tiny_model, resolve(entry))
+    for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites"):
+        offered = isinstance(tiny_model, getattr(capabilities, name))
+        assert offered == (name in entry.capabilities)
+
+
+def test_nothing_public_is_missing() -> None:
+    import mmforget.data
+    import mmforget.methods
+
+    for package, base, entries in (
+        (mmforget.methods, ForgettingMethod, METHODS),
+        (mmforget.data, ForgetDataModule, DATA),
+    ):
+        public = [getattr(package, name) for name in package.__all__]
+        classes = {
+            c.__name__
+            for c in public
+            if inspect.isclass(c) and issubclass(c, base) and not c.__module__.endswith(".base")
+        }
+        assert classes == {entry.name for entry in entries}
+
+
+def test_fits() -> None:
+    assert all(fits(method, model) for method in METHODS for model in MODELS)
+    assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
+
+
+@pytest.mark.parametrize("kind", [*CATALOGUE, "configs"])
+def test_list(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", kind]) == 0
+    text = capsys.readouterr().out
+    for entry in CATALOGUE.get(kind, ()):
+        assert entry.name in text
+    assert text.count("\n") >= 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs").rglob("*.yaml")), ids=lambda p: p.stem
+)
+def test_configs_say_how_to_run_them(path: Path) -> None:
+    text = path.read_text()
+    lines = text.splitlines()
+    assert lines[0].startswith("# ")
+    assert str(path.relative_to(REPOSITORY)) in lines[1]
+    assert yaml.safe_load(text)["model"]
