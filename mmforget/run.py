@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmforget.artifacts.ledger import Ledger
-from mmforget.artifacts.manifest import Manifest, config_hash
+from mmforget.artifacts.manifest import Manifest, config_hash, manifest_hash
 from mmforget.artifacts.model_card import model_card
-from mmforget.artifacts.run_folder import RunFolder, atomic_write
+from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder, atomic_write
 from mmforget.artifacts.save import save_artifact
 from mmforget.audit.controls import make_controls
 from mmforget.audit.protocol import AuditedModel, AuditSettings, audit
@@ -114,10 +115,23 @@ def forget(
         results = _audit(model, outcome, data, requests, compared, audit_options, run, original_source)
         if first:
             _write(folder, model, outcome, data, requests, results, config, original_source, run)
+    except BaseException:
+        if first and not resumable(folder.work):
+            for entry in folder.work.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK_NAME:
+                    entry.unlink()
+        raise
     finally:
         if first:
             folder.close()
     return folder.path
+
+
+def resumable(work: Path) -> bool:
+    """Whether an unfinished run holds anything that a resumed one would not do again."""
+    return any(any(work.rglob(name)) for name in ("last.ckpt", "done.json"))
 
 
 def described(source: str, role: Role, number: int, load: bool = True) -> AuditedModel:
@@ -226,7 +240,7 @@ def _write(
         outcome.model,
         work / "artifact",
         manifest,
-        model_card(manifest, requests, results),
+        model_card(manifest, requests, results, library=_library(outcome.model)),
         adapters=adapters,
         overwrite=run.resume,
     )
@@ -243,9 +257,12 @@ def _write(
     shutil.rmtree(work / "checkpoints")
     folder.commit()
     ledger = Ledger(run.ledger or folder.path.parent / "ledger.jsonl")
+    artifact = folder.path / "artifact"
     ledger.append(
         {
             "run": folder.path.name,
+            "artifact": os.path.relpath(artifact, ledger.path.parent),
+            "manifest": manifest_hash(artifact),
             "method": saved.method,
             "requests": [request.to_dict() | {"hash": request.hash} for request in requests],
             "base_hash": saved.base_hash,
@@ -253,6 +270,11 @@ def _write(
             "verdict": results.verdict.outcome if results else "not audited",
         }
     )
+
+
+def _library(model: Model) -> str:
+    architecture = getattr(model, "architecture", None)
+    return architecture.library if architecture is not None else "pytorch"
 
 
 def _copier(source: Path) -> Any:

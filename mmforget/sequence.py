@@ -48,6 +48,8 @@ class Step:
         rows: accuracy per split after the request (see `Results.sequence`).
         cost: seconds, sample passes, peak memory.
         statistics: facts that the method reports about itself.
+        access: what the method read.
+        seed: of the method.
         adapter: folder of this request's adapter, None if the method has none.
         no_op: the method changed nothing.
     """
@@ -58,6 +60,7 @@ class Step:
     cost: dict[str, Any]
     statistics: dict[str, Any]
     access: dict[str, Any]
+    seed: int = 0
     adapter: Path | None = None
     no_op: bool = False
 
@@ -232,6 +235,7 @@ class SequenceRunner:
             cost=cost.to_dict() | method.cost(),
             statistics=method.statistics(),
             access=method.access.to_dict(),
+            seed=method.seed,
             no_op=method.no_op,
         )
         carried = method.carry()
@@ -283,6 +287,7 @@ class SequenceRunner:
             "cost": step.cost,
             "statistics": step.statistics,
             "access": step.access,
+            "seed": step.seed,
             "no_op": step.no_op,
             "finished": time.time(),
         }

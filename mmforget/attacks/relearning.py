@@ -58,7 +58,7 @@ class RelearningSettings:
     steps: int = 20
     batch_size: int = 25
     evaluate_every: int = 2
-    evaluation_images: int = 100
+    evaluation_images: int = 60
     modes: tuple[Mode, ...] = ("full", "head")
     seeds: int = 1
 

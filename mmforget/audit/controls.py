@@ -90,6 +90,7 @@ def _run(method: ForgettingMethod, data: ForgetDataModule, max_epochs: int) -> N
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        limit_val_batches=0,
     )
     trainer.fit(method, datamodule=own)
 

@@ -165,7 +165,7 @@ def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, Any
 
     found: dict[str, list[Curve]] = {}
     problems: dict[str, Exception] = {}
-    for audited in scene.models:
+    for audited in scene.distinct:
         name = audited.entry.name
         logger.info("relearning attack on %s", name)
         try:
@@ -175,18 +175,22 @@ def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, Any
 
     @cache
     def outcome(name: str, mode: Mode) -> Relearning:
-        for needed in (name, scene.original):
+        own, first = scene.twin[name], scene.twin[scene.original]
+        for needed in (own, first):
             if needed in problems:
                 raise problems[needed]
-        target = RELEARNED * found[scene.original][0].accuracy[0]
-        return worst_case(found[name], mode, target)
+        return worst_case(found[own], mode, RELEARNED * found[first][0].accuracy[0])
 
     for mode in settings.modes:
         for name in scene.names:
             _relearning_rows(scene, rows, name, mode, outcome, len(forgotten.label), split)
     keys: tuple[tuple[Mode, str], ...] = (("full", "relearning"), ("head", "relearning_head"))
     return {
-        key: [row for name, curves in found.items() for row in curve_rows(curves, name, mode)]
+        key: [
+            row
+            for name in scene.names
+            for row in curve_rows(found.get(scene.twin[name], []), name, mode)
+        ]
         for mode, key in keys
         if mode in settings.modes
     }
@@ -195,8 +199,9 @@ def measure_relearning(scene: Scene, rows: Rows) -> dict[str, list[dict[str, Any
 def _shots(scene: Scene) -> tuple[list[Labelled], np.ndarray]:
     """What the attacker has, one draw per seed, and all ids among it."""
     settings = scene.settings.relearning
-    train = scene.dataset("train")
-    gone = np.isin(train.ids, scene.ids["train_forgotten"])
+    train = scene.data.dataset("train")
+    train = train.subset(np.argsort(train.ids))
+    gone = np.isin(train.ids, scene.all_forgotten)
     assert train.labels is not None  # checked when the outputs were collected
     shots, used = [], []
     for number in range(settings.seeds):

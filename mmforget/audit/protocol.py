@@ -291,11 +291,9 @@ def _warnings(scene: Scene, entries: Sequence[Any]) -> list[str]:
     for entry in entries:
         if entry.role == "unlearned" and entry.hash == first.hash:
             found.append(f"'{entry.name}' has exactly the weights of the original model")
-    whole = scene.data.subset("train", "retain", whole=True)
-    if len(scene.ids["train_retain"]) < len(whole.ids):
+    for split, size in scene.drawn.items():
         found.append(
-            f"values on train_retain come from {len(scene.ids['train_retain'])} of "
-            f"{len(whole.ids)} samples, drawn at random"
+            f"values on {split} come from {len(scene.ids[split])} of {size} samples, drawn at random"
         )
     if scene.goal == "concept_removal" and scene.retrained:
         found.append("the goal is concept removal: retrained models need not lack the concept")

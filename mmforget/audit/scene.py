@@ -16,7 +16,7 @@ from mmforget.audit.results import ModelEntry, Role
 from mmforget.data.base import ForgetDataModule, ImageDataset
 from mmforget.data.split import STAGES, Stage, attack_half
 from mmforget.errors import ConfigurationError
-from mmforget.models.base import Model
+from mmforget.models.base import Model, state_hash
 from mmforget.request import ForgetRequest
 from mmforget.seeds import generator
 
@@ -38,8 +38,8 @@ class AuditSettings:
     Args:
         seed: base seed of all draws.
         batch_size: of forward passes.
-        retain_train_samples: at most this many retained training samples are evaluated, drawn at
-            random; None takes all. Forgotten and test samples are always evaluated completely.
+        train_samples: at most this many forgotten and as many retained training samples are
+            evaluated, drawn at random; None takes all. Test samples are evaluated completely.
         random_inits: networks with fresh weights that the zero-retrain score is averaged over.
         replicates: of every bootstrap.
         max_retain_drop: loss of accuracy on retained test data that is accepted, in [0, 1].
@@ -55,7 +55,7 @@ class AuditSettings:
 
     seed: int = 0
     batch_size: int = 256
-    retain_train_samples: int | None = 2000
+    train_samples: int | None = 1000
     random_inits: int = 3
     replicates: int = 1000
     max_retain_drop: float = 0.01
@@ -80,20 +80,26 @@ class AuditSettings:
                 raise ConfigurationError(
                     f"`audit.{name}` is {getattr(self, name)}, it must be at least {least}"
                 )
-        if self.retain_train_samples is not None and self.retain_train_samples < 1:
+        if self.train_samples is not None and self.train_samples < 1:
             raise ConfigurationError(
-                f"`audit.retain_train_samples` is {self.retain_train_samples}, it must be at "
-                "least 1, or null for all"
+                f"`audit.train_samples` is {self.train_samples}, it must be at least 1, or null "
+                "for all"
             )
 
 
 class Scene:
     """Everything that the metrics of one audit are functions of.
 
-    Splits by name, each a set of ids: ``train_forget``, ``train_previous``, ``train_retain`` (a
-    random part, see `AuditSettings`), ``test_forget``, ``test_retain``, ``test_previous``,
+    Splits by name, each a set of ids: ``train_forget``, ``train_previous``, ``train_retain`` (random
+    parts, see `AuditSettings.train_samples`), ``test_forget``, ``test_retain``, ``test_previous``,
     ``test_missing`` and ``test_missing_<class>``. ``train_forgotten`` and ``test_forgotten`` are
     all that the models were asked to forget, by the current and by earlier requests.
+
+    Attributes:
+        ids: (N,) sorted sample ids of every split.
+        all_forgotten: ids of all forgotten training samples, evaluated or not.
+        drawn: by split the number of samples of which only a part is evaluated.
+        twin: by model the first model with the same weights, which is evaluated in its place.
 
     Args:
         models: unique names, exactly one original.
@@ -117,7 +123,15 @@ class Scene:
         self.forgotten_classes = tuple(
             sorted((*self.split.previous_classes, *self.split.forget_classes))
         )
+        self.drawn: dict[str, int] = {}
         self.ids = self._ids()
+        first: dict[tuple[type, str], str] = {}
+        self.twin = {
+            audited.entry.name: first.setdefault(
+                (type(audited.model), state_hash(audited.model)), audited.entry.name
+            )
+            for audited in self.models
+        }
         test = data.dataset("test")
         half = attack_half(test.ids, test.labels, settings.seed)
         self.attack_ids, self.eval_ids = test.ids[half], test.ids[~half]
@@ -131,17 +145,23 @@ class Scene:
             for role in ("forget", "retain", "previous"):
                 found[f"{stage}_{role}"] = self.data.subset(stage, role, whole=True).ids
             both = (found[f"{stage}_forget"], found[f"{stage}_previous"])
-            found[f"{stage}_forgotten"] = np.concatenate(both)
+            found[f"{stage}_forgotten"] = np.sort(np.concatenate(both))
+        self.all_forgotten = found["train_forgotten"]
         found["test_missing"] = self.data.subset("test", "missing", whole=True).ids
         test = self.data.dataset("test")
         for index in self.split.missing_classes:
             assert test.labels is not None  # missing classes need labels
             found[f"test_missing_{self.class_names[index]}"] = test.ids[test.labels == index]
-        limit = self.settings.retain_train_samples
-        if limit is not None and len(found["train_retain"]) > limit:
-            chosen = draw(len(found["train_retain"]), limit, self.settings.seed, "retain-sample")
-            found["train_retain"] = found["train_retain"][chosen]
-        return {name: np.sort(ids) for name, ids in found.items()}
+        found = {name: np.sort(ids) for name, ids in found.items()}
+        limit = self.settings.train_samples
+        for name in ("train_retain", "train_forgotten"):
+            if limit is not None and len(found[name]) > limit:
+                self.drawn[name] = len(found[name])
+                chosen = draw(len(found[name]), limit, self.settings.seed, name)
+                found[name] = found[name][chosen]
+        for name in ("train_forget", "train_previous"):
+            found[name] = np.intersect1d(found[name], found["train_forgotten"])
+        return found
 
     def has(self, split: str) -> bool:
         """Whether a split has samples."""
@@ -162,6 +182,15 @@ class Scene:
     def names(self) -> list[str]:
         """Names of all models, in order."""
         return [audited.entry.name for audited in self.models]
+
+    @property
+    def distinct(self) -> list[AuditedModel]:
+        """The models without those that have the weights of an earlier one (see `twin`)."""
+        return [
+            audited
+            for audited in self.models
+            if self.twin[audited.entry.name] == audited.entry.name
+        ]
 
     def by_role(self, role: Role) -> list[AuditedModel]:
         """The models that play a role, in order."""
@@ -184,31 +213,31 @@ class Scene:
     # ---- outputs ----------------------------------------------------------------------------
 
     def dataset(self, stage: Stage) -> ImageDataset:
-        """The samples of a stage that are evaluated."""
+        """The samples of a stage that are evaluated, by id: no result depends on their order."""
         data = self.data.dataset(stage)
-        if stage != "train":
-            return data
-        wanted = np.concatenate([self.ids["train_forgotten"], self.ids["train_retain"]])
-        return data.subset(np.flatnonzero(np.isin(data.ids, wanted)))
+        order = np.argsort(data.ids)
+        if stage == "train":
+            wanted = np.concatenate([self.ids["train_forgotten"], self.ids["train_retain"]])
+            order = order[np.isin(data.ids[order], wanted)]
+        return data.subset(order)
 
     def run(self) -> None:
         """Evaluate all models on all stages, once, decoding every image once."""
+        models = {audited.entry.name: audited.model for audited in self.distinct}
         for stage in STAGES:
             if stage == "val" and not self.by_class:
                 continue
-            logger.info("evaluating %d models on %s", len(self.models), stage)
+            logger.info("evaluating %d models on %s", len(models), stage)
             found = collect_all(
-                [audited.model for audited in self.models],
-                self.dataset(stage),
-                self.settings.batch_size,
+                list(models.values()), self.dataset(stage), self.settings.batch_size
             )
-            for name, outputs in zip(self.names, found, strict=True):
+            for name, outputs in zip(models, found, strict=True):
                 self._outputs[name, stage] = outputs
 
     def outputs(self, model: str, split: str) -> Outputs:
         """Outputs of a model on a split, or on a whole stage (``train``, ``val``, ``test``)."""
         stage = next(stage for stage in STAGES if split.startswith(stage))
-        found = self._outputs[model, stage]
+        found = self._outputs[self.twin[model], stage]
         return found if split == stage else found.of(self.ids[split])
 
     def features(self, model: str, split: str) -> torch.Tensor:

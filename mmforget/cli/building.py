@@ -36,6 +36,7 @@ def quiet_lightning() -> None:
         "does not have many workers",
         "have no `validation_step`",  # methods need none, the runner measures
         "`LightningModule.configure_optimizers` returned `None`",  # one pass, no steps
+        "sync_dist=True",  # our metrics add up all processes themselves
         r"Found \d+ module\(s\) in eval mode",  # methods choose the modes themselves
     ):
         warnings.filterwarnings("ignore", message=f".*{said}.*")

@@ -173,7 +173,9 @@ def forget_parser() -> tuple[Any, dict[str, type]]:
     building.add_method(parser)
     building.add_data(parser)
     building.add_request(parser, required=True)
-    building.add_trainer(parser, enable_checkpointing=False, enable_model_summary=False)
+    building.add_trainer(
+        parser, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0
+    )
     parser.add_argument("--audit", type=AuditSection, default=AuditSection())
     building.add_run(parser)
     return parser, {"trainer": Trainer, "audit": AuditSection}

@@ -164,7 +164,8 @@ def fit(cli: TrainCLI, checkpoint: Path) -> dict[str, Any]:
                 ckpt_path=str(checkpoint) if checkpoint.is_file() else None,
                 weights_only=True,
             )
-        return cost.to_dict() | counted.to_dict()
+        # a forked training process takes its counts with it when it ends
+        return cost.to_dict() | (counted.to_dict() if counted.samples else {})
     except SystemExit:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt from None

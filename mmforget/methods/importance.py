@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 ImportanceKind = Literal["empirical_fisher", "abs_l2_output"]
 Call = tuple[nn.Module, Tensor, Tensor]  # layer, its input, the gradient of its output
 
-MAX_CHUNK = 32
+MAX_CHUNK = 64
 CHUNK_BYTES = 2**28
+BLOCK = 4096
 PROBES = 3
 
 
@@ -58,7 +60,7 @@ class PerSampleImportance:
         model: the model; its frozen parameters are left out, tied ones are counted once.
         kind: which importance, see above.
         chunk: samples in one pass; None takes as many as keep the largest single-layer buffer below
-            256 MiB, at most 32. A batch smaller than the chunk costs as much as a whole chunk.
+            256 MiB, at most 64. A batch smaller than the chunk costs as much as a whole chunk.
 
     Raises:
         CapabilityError: the model has no loss or no logits.
@@ -84,6 +86,7 @@ class PerSampleImportance:
             raise ConfigurationError("no parameter of the model is trainable; unfreeze some first")
         sizes = [shape.numel() for shape in self.shapes.values()]
         self.size = sum(sizes)
+        self._starts = dict(zip(self.shapes, accumulate([0, *sizes]), strict=False))
         if chunk is not None and chunk < 1:
             raise ConfigurationError(f"`chunk` is {chunk}, it must be at least 1")
         self.chunk = chunk or max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * max(sizes))))
@@ -109,17 +112,20 @@ class PerSampleImportance:
                 is no such thing as the gradient of a single sample.
         """
         _refuse_batch_statistics(self._objective.model)
-        targets = [self.views(row) for row in sums]
         for index in torch.arange(len(batch["weight"])).split(self.chunk):
             weights = membership[:, index].double()
             filled = torch.cat([index, index[:1].expand(self.chunk - len(index))])
             weights = F.pad(weights, (0, self.chunk - len(index)))
             part = {k: v[filled] for k, v in batch.items() if isinstance(v, Tensor)}
             for name, gradient in self.gradients(part):
-                values = gradient.abs() if self.kind == "abs_l2_output" else gradient.square()
-                added = weights @ values.reshape(self.chunk, -1).double()
-                for target, value in zip(targets, added, strict=True):
-                    target[name] += value.view(self.shapes[name])
+                start = self._starts[name]
+                # In blocks that fit into the cache: a double-precision copy of everything would
+                # cost more than the arithmetic.
+                for block in gradient.reshape(self.chunk, -1).split(BLOCK, dim=1):
+                    values = block.double()
+                    values = values.abs_() if self.kind == "abs_l2_output" else values.square_()
+                    sums[:, start : start + values.shape[1]] += weights @ values
+                    start += values.shape[1]
 
     def gradients(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, (B, *shape) per-sample gradients) of one batch, parameter by parameter."""

@@ -47,7 +47,7 @@ def number(value: float) -> str:
         return f"{value:.2f}"
     if size >= 0.01:
         return f"{value:.3f}"
-    return f"{value:.1e}"
+    return f"{value:.2g}"
 
 
 def percent(share: float) -> str:
@@ -61,10 +61,13 @@ def with_unit(row: MetricResult, value: float) -> str:
         return percent(value)
     if row.unit == "bytes":
         return f"{number(value / 2**20)}\u2009MiB"
-    if not row.unit and abs(value) <= 1:
-        return f"{value:.3f}"
     unit = UNITS.get(row.unit, row.unit)
-    return f"{number(value)}\u2009{unit}" if unit else number(value)
+    return f"{_bare(row, value)}\u2009{unit}" if unit else _bare(row, value)
+
+
+def _bare(row: MetricResult, value: float) -> str:
+    # values without unit are ratios and similarities, of which 1 is not an integer
+    return f"{value:.3f}" if not row.unit and abs(value) <= 1 else number(value)
 
 
 def interval(row: MetricResult) -> str:
@@ -73,7 +76,7 @@ def interval(row: MetricResult) -> str:
         return ""
     if row.unit == "fraction":
         return f"{100 * row.ci_low:.1f} to {100 * row.ci_high:.1f}"
-    return f"{number(row.ci_low)} to {number(row.ci_high)}"
+    return f"{_bare(row, row.ci_low)} to {_bare(row, row.ci_high)}"
 
 
 def short_hash(text: str) -> str:
@@ -278,7 +281,7 @@ def _relation(row: MetricResult) -> str:
     if row.details.get("retrained_z") is not None:
         parts.append(f"z {row.details['retrained_z']:+.1f}")
     if row.details.get("progress") is not None:
-        parts.append(f"{100 * row.details['progress']:.0f}\u2009% there")
+        parts.append(f"{round(100 * row.details['progress'])}\u2009% there")
     return ", ".join(parts)
 
 

@@ -84,6 +84,7 @@ def test_fit_the_retrained_model_without_the_forget_set(
     assert "`--save` is 'oracle', which exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_is_resumed_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,17 @@ def test_an_interrupted_fit_is_resumed_to_the_same_weights(
         for name in ("whole", "broken")
     ]
     assert costs[0] == costs[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one() -> None:
+    steps = ("--trainer.max_epochs", "1")
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
+    assert fit(*steps, "--run", "one") == 0
+    assert fit(*steps, *two, "--run", "two") == 0
+    one, both = (load_classifier(f"{name}/weights").state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("command", "stage"), [("validate", "val"), ("test", "test")])

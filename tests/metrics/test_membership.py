@@ -89,6 +89,10 @@ def test_auc_metric_is_the_same_for_any_batches_and_order() -> None:
         for part in order.split(17):
             metric.update(scores[part], member[part])
         values.append(float(metric.compute()))
-    assert values[0] == values[1] == pytest.approx(
-        float(rank_auc(scores[member].double().numpy(), scores[~member].double().numpy()))
+    assert (
+        values[0]
+        == values[1]
+        == pytest.approx(
+            float(rank_auc(scores[member].double().numpy(), scores[~member].double().numpy()))
+        )
     )

@@ -1,0 +1,1 @@
+"""Measurements that try to bring back what was forgotten."""

@@ -1,0 +1,1 @@
+"""Metrics: functions of arrays, and `torchmetrics.Metric` classes on top of them."""
