@@ -78,20 +78,21 @@ class World:
     methods: dict[str, Row]
 
 
-PAIRED = {"lr": 3e-4}
+GS = {"beta": 1.0, "hinge": "sample"}
+PROXIMAL = GS | {"w_forget": 0.05, "proximal": True, "sparsity": 60.0, "sparsity_warmup": 1}
 DIGIT_WORLD = World(
     data=DigitWorld,
     data_settings={"variants": 16, "batch_size": 64},
-    limits={"retain_fraction": 0.25},
+    limits={"variants": 4, "batch_size": 32, "retain_fraction": 0.25},
     network="vit_tiny_patch16_224",
     network_args={"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3},
     recipe={"lr": 1e-3, "warmup": 0.15},
-    epochs=7,
+    epochs=5,
     requests=("three", "seven"),
     methods={
-        "GS-LoRA++": Row(GSLoRAPlusPlus, 4),
-        "GS-LoRA++ proximal": Row(GSLoRAPlusPlus, 4, {"proximal": True, "sparsity": 20.0}),
-        "GS-LoRA": Row(GSLoRA, 4),
+        "GS-LoRA": Row(GSLoRA, 4, GS),
+        "GS-LoRA++": Row(GSLoRAPlusPlus, 4, GS),
+        "GS-LoRA++ proximal": Row(GSLoRAPlusPlus, 4, PROXIMAL),
         "SSD": Row(SSD, 1),
         "NegGrad+": Row(NegGradPlus, 4),
         "Random labels": Row(RandomLabels, 4),
@@ -106,7 +107,7 @@ CIFAR = World(
     network="convnext_atto",
     network_args={"depths": (1, 1, 2, 1), "dims": (32, 64, 96, 128), "patch_size": 2},
     recipe={"lr": 4e-3, "warmup": 0.15},
-    epochs=12,
+    epochs=8,
     requests=("airplane", "dog"),
     methods=DIGIT_WORLD.methods,
 )
@@ -166,6 +167,15 @@ def entry(name: str, role: Role, model: Model, folder: Path, **more: Any) -> Aud
     return AuditedModel(
         ModelEntry(name, role, hash=state_hash(model), source=folder.name, cost=cost, **more), model
     )
+
+
+def train_all(name: str, seed: int, work: Path, place: dict) -> None:
+    """Train what the methods are applied to and compared with; nothing is done twice."""
+    home = work / name / f"seed-{seed}"
+    trained(WORLDS[name], seed, None, home / "original", place)
+    for number in range(REFERENCES + HELD_OUT):
+        folder = home / f"{'retrained' if number < REFERENCES else 'held_out'}_{number + 1}"
+        trained(WORLDS[name], seed, number, folder, place)
 
 
 def run_seed(name: str, seed: int, work: Path, place: dict, only: list[str] | None) -> Results:
@@ -249,12 +259,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/benchmarks"))
     parser.add_argument("--folder", help="folder of the data, for CIFAR-10")
     parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--train-only", action="store_true", help="stop before the methods")
     parser.add_argument("--render", action="store_true", help="only write the table")
     given = parser.parse_args()
     torch.set_num_threads(1)
     place = {"folder": given.folder} if given.folder else {}
     if not given.render:
         for seed in given.seeds:
+            train_all(given.world, seed, given.work, place)
+            if given.train_only:
+                continue
             run_seed(given.world, seed, given.work, place, given.methods)
     found = sorted((given.work / given.world).glob("seed-*/results.json"))
     if not math.isclose(len(found), 0):

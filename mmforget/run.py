@@ -59,6 +59,7 @@ class AuditOptions:
         retrained: sources of retrained models, which never saw the forget set.
         held_out: sources of retrained models that are measured as if they were methods.
         controls: controls that must fail: ``identity``, ``logit_mask``, ``head_only``.
+        control_epochs: epochs of the controls that train.
         enabled: switch the audit off; the run then claims nothing.
     """
 
@@ -66,6 +67,7 @@ class AuditOptions:
     retrained: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=lambda: ["identity", "logit_mask", "head_only"])
+    control_epochs: int = 5
     enabled: bool = True
 
 
@@ -188,7 +190,9 @@ def _audit(
             outcome.model,
         ),
         *compared,
-        *make_controls(model, data, options.controls),
+        *make_controls(
+            model, data, options.controls, options.settings.seed, options.control_epochs
+        ),
     ]
     results = audit(
         models,

@@ -35,7 +35,8 @@ def label_matched(
     Returns:
         Positions among the members and among the non-members, equally many.
     """
-    own, other = [], []
+    own: list[np.ndarray] = []
+    other: list[np.ndarray] = []
     for label in np.unique(labels):
         members, others = np.flatnonzero(labels == label), np.flatnonzero(other_labels == label)
         count = min(len(members), len(others))

@@ -293,7 +293,8 @@ def _warnings(scene: Scene, entries: Sequence[Any]) -> list[str]:
             found.append(f"'{entry.name}' has exactly the weights of the original model")
     for split, size in scene.drawn.items():
         found.append(
-            f"values on {split} come from {len(scene.ids[split])} of {size} samples, drawn at random"
+            f"values on {split} come from {len(scene.ids[split])} of {size} samples, "
+            "drawn at random"
         )
     if scene.goal == "concept_removal" and scene.retrained:
         found.append("the goal is concept removal: retrained models need not lack the concept")

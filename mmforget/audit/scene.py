@@ -90,8 +90,8 @@ class AuditSettings:
 class Scene:
     """Everything that the metrics of one audit are functions of.
 
-    Splits by name, each a set of ids: ``train_forget``, ``train_previous``, ``train_retain`` (random
-    parts, see `AuditSettings.train_samples`), ``test_forget``, ``test_retain``, ``test_previous``,
+    Splits by name, each a set of ids: ``train_forget``, ``train_previous``, ``train_retain``
+    (random parts, see `AuditSettings`), ``test_forget``, ``test_retain``, ``test_previous``,
     ``test_missing`` and ``test_missing_<class>``. ``train_forgotten`` and ``test_forgotten`` are
     all that the models were asked to forget, by the current and by earlier requests.
 

@@ -17,12 +17,14 @@ class AuditSection(AuditSettings):
         retrained: models trained from scratch without the forget set.
         held_out: such models that are measured as if they were methods.
         controls: edits that must fail the audit.
+        control_epochs: epochs of the controls that train.
         enabled: False skips the audit; the run then claims nothing.
     """
 
     retrained: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=lambda: AuditOptions().controls)
+    control_epochs: int = AuditOptions.control_epochs
     enabled: bool = True
 
     def options(self) -> AuditOptions:
@@ -33,5 +35,6 @@ class AuditSection(AuditSettings):
             retrained=[*map(model_folder, self.retrained)],
             held_out=[*map(model_folder, self.held_out)],
             controls=self.controls,
+            control_epochs=self.control_epochs,
             enabled=self.enabled,
         )

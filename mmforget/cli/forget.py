@@ -80,6 +80,7 @@ def run(args: list[str]) -> int:
 def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.audit.results import Results
     from mmforget.cli.building import first_process, settings_source
+    from mmforget.cli.summary import table
     from mmforget.run import RunOptions, forget
 
     plan = prepare(args, settings)
@@ -104,7 +105,8 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     )
     if first_process():
         if plan.audit.enabled:
-            print(Results.load(folder).verdict.sentence)
+            results = Results.load(folder)
+            print(f"\n{table(results)}\n\n{results.verdict.sentence}\n")
             print(f"report:  {folder / 'report.html'}")
         print(f"results: {folder}")
     return 0

@@ -21,7 +21,6 @@ examples:
   mmforget list attacks
 """
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def run(args: list[str]) -> int:
@@ -57,13 +56,22 @@ def _reads(method: Entry) -> str:
     )
 
 
+def configs_folder() -> Path:
+    """Where the configurations are: inside an installed package, or beside it in the repository.
+
+    Raises:
+        MissingFileError: they are in neither place.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise MissingFileError(f"there is no folder '{package.parent / 'configs'}'; reinstall mmforget")
+
+
 def _configs() -> list[tuple[str, ...]]:
-    if not CONFIGS.is_dir():
-        raise MissingFileError(
-            f"there is no folder '{CONFIGS}'; the configurations are part of the repository"
-        )
     rows: list[tuple[str, ...]] = []
-    for path in sorted(CONFIGS.rglob("*.yaml")):
+    for path in sorted(configs_folder().rglob("*.yaml")):
         with path.open(encoding="utf-8") as file:
             rows.append((_shown(path), file.readline().strip("# \n")))
     return rows

@@ -37,8 +37,8 @@ Call = tuple[nn.Module, Tensor, Tensor]  # layer, its input, the gradient of its
 
 MAX_CHUNK = 64
 CHUNK_BYTES = 2**28
-BLOCK = 4096
 PROBES = 3
+MEMBERSHIP = "_membership"
 
 
 class PerSampleImportance:
@@ -51,16 +51,15 @@ class PerSampleImportance:
     * ``abs_l2_output``: the sum of ``|g_i|``, where ``g_i`` is the gradient of the squared
       Euclidean norm of the logits. Needs no labels.
 
-    The sums don't depend on batch size or order. Every pass has the same shape (the last chunk is
-    filled up with repeats of weight 0), so that a sample gives the same bits wherever it stands,
-    and they are added up in float64. Only where BLAS rounds the rows of a very small product by
-    their place does this hold to rounding instead of to the bit.
+    The sums don't depend on the batch size, to the bit: samples wait until a chunk is full, so the
+    passes are the same for any batch size. They depend on the order of the samples only by the
+    rounding of float32 sums within a chunk (about 1e-7); chunks are added up in float64.
 
     Args:
         model: the model; its frozen parameters are left out, tied ones are counted once.
         kind: which importance, see above.
         chunk: samples in one pass; None takes as many as keep the largest single-layer buffer below
-            256 MiB, at most 64. A batch smaller than the chunk costs as much as a whole chunk.
+            256 MiB, at most 64.
 
     Raises:
         CapabilityError: the model has no loss or no logits.
@@ -92,6 +91,7 @@ class PerSampleImportance:
         self.chunk = chunk or max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * max(sizes))))
         self._objective = _Objective(model, kind)
         self._plan: _Plan | None = None
+        self.reset()
         self._vmap_works = True
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -99,12 +99,17 @@ class PerSampleImportance:
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
         return {n: part.view(s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
 
+    def reset(self) -> None:
+        """Forget the samples that wait for their chunk to be full."""
+        self._waiting: dict[str, Tensor] = {}
+
     def add(self, batch: Batch, membership: Tensor, sums: Tensor) -> None:
-        """Add the importance of one batch.
+        """Add the importance of one batch; a part of it may wait until `flush`.
 
         Args:
             batch: B samples.
-            membership: (groups, B) weight with which each sample counts in each group.
+            membership: (groups, B) weight with which each sample counts in each group; samples
+                that count in none, such as padding, are left out.
             sums: (groups, `size`) accumulator, changed in place; float64 below 10 M parameters.
 
         Raises:
@@ -112,29 +117,46 @@ class PerSampleImportance:
                 is no such thing as the gradient of a single sample.
         """
         _refuse_batch_statistics(self._objective.model)
-        for index in torch.arange(len(batch["weight"])).split(self.chunk):
-            weights = membership[:, index].double()
-            filled = torch.cat([index, index[:1].expand(self.chunk - len(index))])
-            weights = F.pad(weights, (0, self.chunk - len(index)))
-            part = {k: v[filled] for k, v in batch.items() if isinstance(v, Tensor)}
-            for name, gradient in self.gradients(part):
-                start = self._starts[name]
-                # In blocks that fit into the cache: a double-precision copy of everything would
-                # cost more than the arithmetic.
-                for block in gradient.reshape(self.chunk, -1).split(BLOCK, dim=1):
-                    values = block.double()
-                    values = values.abs_() if self.kind == "abs_l2_output" else values.square_()
-                    sums[:, start : start + values.shape[1]] += weights @ values
-                    start += values.shape[1]
+        counted = membership.any(dim=0)
+        part = {k: v[counted] for k, v in batch.items() if isinstance(v, Tensor)}
+        part[MEMBERSHIP] = membership[:, counted].T
+        if self._waiting:
+            part = {k: torch.cat([v, part[k]]) for k, v in self._waiting.items()}
+        while len(part[MEMBERSHIP]) >= self.chunk:
+            self._add_chunk({k: v[: self.chunk] for k, v in part.items()}, sums)
+            part = {k: v[self.chunk :] for k, v in part.items()}
+        self._waiting = part
+
+    def flush(self, sums: Tensor) -> None:
+        """Add what still waits, filled up with repeats of weight 0."""
+        waiting = self._waiting
+        self.reset()
+        size = len(waiting.get(MEMBERSHIP, ()))
+        if size:
+            filled = torch.arange(self.chunk).clamp(max=size - 1)
+            part = {k: v[filled] for k, v in waiting.items()}
+            part[MEMBERSHIP][size:] = 0
+            self._add_chunk(part, sums)
+
+    def _add_chunk(self, part: dict[str, Tensor], sums: Tensor) -> None:
+        membership = part.pop(MEMBERSHIP).T
+        for name, gradient in self.gradients(part):
+            values = gradient.abs_() if self.kind == "abs_l2_output" else gradient.square_()
+            values = values.reshape(self.chunk, -1)
+            start = self._starts[name]
+            sums[:, start : start + values.shape[1]] += membership.to(values.dtype) @ values
 
     def gradients(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, (B, *shape) per-sample gradients) of one batch, parameter by parameter."""
+        """Yield (name, (B, *shape) per-sample gradients) of one batch, parameter by parameter.
+
+        The receiver may overwrite the gradients.
+        """
         if self._plan is None:
             self._plan = self._make_plan(batch)
         plan = self._plan
         yield from self._batched(batch, plan.layers, plan.expanded)
         if plan.rest:
-            yield from self._remaining(batch, plan.rest)
+            yield from ((n, g.clone()) for n, g in self._remaining(batch, plan.rest))
 
     # ---- the plan ---------------------------------------------------------------------------
 
@@ -215,7 +237,8 @@ class PerSampleImportance:
         got = torch.autograd.grad(total, leaves, allow_unused=True)
         for name, gradient in zip(copies, got[: len(copies)], strict=True):
             if gradient is not None:
-                yield name, gradient.unsqueeze(1)
+                # autograd may give one tensor to several leaves
+                yield name, gradient.unsqueeze(1).clone()
         calls: dict[str, list[tuple[str, Call]]] = {}
         for (module, entered, _), gradient in zip(seen, got[len(copies) :], strict=True):
             if gradient is not None:

@@ -166,13 +166,29 @@ class SSD(StatisticsMethod):
         forget = int(membership[FORGET].sum())
         self.spend(forget=forget, retain=samples(batch) - forget, backward=True)
 
+    def on_train_epoch_start(self) -> None:
+        """Begin from nothing, also when an interrupted pass is resumed."""
+        super().on_train_epoch_start()
+        self.importance.reset()
+        self.sums.zero_()
+        self.counts.zero_()
+
+    def on_train_epoch_end(self) -> None:
+        """Add the last samples, then add up all processes."""
+        self.importance.flush(self.sums)
+        self._check_finite("the end of the pass")
+        super().on_train_epoch_end()
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate, and refuse what is not finite."""
         super().training_step(batch, batch_idx)
+        self._check_finite(f"step {batch_idx}")
+
+    def _check_finite(self, place: str) -> None:
         if not torch.isfinite(self.sums.sum()):
             raise DivergenceError(
-                f"SSD: the importance is not finite at step {batch_idx}; check the images of that "
-                "batch and the weights of the model"
+                f"SSD: the importance is not finite at {place}; check the images and the weights "
+                "of the model"
             )
 
     # ---- the edit -------------------------------------------------------------------------------

@@ -115,7 +115,9 @@ def procrustes(x: Tensor, y: Tensor) -> float:
         x: (N, d) features.
         y: (N, d) features of the same samples; the same d.
     """
-    return float(procrustes_disparity(x.double()[None], y.double()[None]))
+    found = procrustes_disparity(x.double()[None], y.double()[None])
+    assert isinstance(found, Tensor)  # more only if it is asked for
+    return float(found)
 
 
 def knn_predict(

@@ -87,20 +87,23 @@ def train(
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def make_digits() -> Callable[..., Digits]:
+    """Makes 8 x 8 digits, of which the eight is to be forgotten."""
+
+    def make(backwards: bool = False) -> Digits:
+        data = Digits(batch_size=64)
+        data.backwards = backwards
+        data.request(ForgetRequest(classes=(8,)))
+        return data
+
+    return make
+
+
 @pytest.fixture
-def digits() -> Digits:
+def digits(make_digits: Callable[..., Digits]) -> Digits:
     """8 x 8 digits, of which the eight is to be forgotten."""
-    data = Digits(batch_size=64)
-    data.request(ForgetRequest(classes=(8,)))
-    return data
-
-
-@pytest.fixture
-def backwards() -> Digits:
-    """The same samples in reversed order."""
-    data = Digits(batch_size=64)
-    data.backwards = True
-    return data
+    return make_digits()
 
 
 @pytest.fixture(scope="session")

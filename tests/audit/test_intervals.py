@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -42,7 +44,7 @@ def test_bootstrap_is_seeded_and_covers_the_mean() -> None:
 def test_bootstrap_width_shrinks_with_the_root_of_n() -> None:
     values = np.random.default_rng(0).normal(0, 1, 6400)
     widths = [width(bootstrap_mean(values[:n], 0, "w")) for n in (100, 400, 1600, 6400)]
-    for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+    for wide, narrow in itertools.pairwise(widths):
         assert wide / narrow == pytest.approx(2, rel=0.25)
 
 

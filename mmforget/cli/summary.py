@@ -1,0 +1,51 @@
+"""The few numbers of an audit that fit on a terminal."""
+
+from __future__ import annotations
+
+from mmforget.audit.results import MetricResult, Results
+
+COLUMNS = (
+    ("to forget", "accuracy", "test_forget"),
+    ("forgotten before", "accuracy", "test_previous"),
+    ("retained", "accuracy", "test_retain"),
+    ("probe recall", "probe_recall", "test_forgotten"),
+    ("relearned in", "relearn_steps_full", "test_forgotten"),
+)
+
+
+def table(results: Results) -> str:
+    """Accuracy on test images, probe recall and relearning steps, one line per model.
+
+    Returns:
+        Lines of text, the original first, anchors left out.
+    """
+    measured = {(row.metric, row.split) for row in results.metrics}
+    columns = [column for column in COLUMNS if column[1:] in measured]
+    rows = [["", *(title for title, _, _ in columns)]]
+    for model in results.models:
+        if model.role == "random_init":
+            continue
+        cells = [_cell(_find(results, metric, model.name, split)) for _, metric, split in columns]
+        rows.append([model.name, *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    )
+
+
+def _find(results: Results, metric: str, model: str, split: str) -> MetricResult | None:
+    try:
+        return results.get(metric, model, split)
+    except KeyError:
+        return None
+
+
+def _cell(row: MetricResult | None) -> str:
+    if row is None:
+        return "-"
+    if row.error:
+        return "failed"
+    if row.value is None:
+        return row.note if row.censored else "-"
+    return f"{100 * row.value:.1f} %" if row.unit == "fraction" else f"{row.value:g} {row.unit}"
