@@ -199,11 +199,11 @@ def _audit(
         data,
         requests,
         options.settings,
+        title=run.title,
+        before=outcome.before,
         sequence=outcome.rows,
         curves={"forgetting": outcome.curve},
     )
-    if run.title:
-        results.title = run.title
     results.warnings += [
         f"request '{step.request.name}' changed no parameter" for step in outcome.steps if step.no_op
     ]

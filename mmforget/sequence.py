@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from mmforget.artifacts.run_folder import atomic_write
 from mmforget.audit.cost import measured
 from mmforget.audit.protocol import accuracies
 from mmforget.data.base import ForgetDataModule
-from mmforget.errors import ConfigurationError, RequestError
+from mmforget.errors import ConfigurationError, RequestError, WeightsError
 from mmforget.methods.base import ForgettingMethod, detached_copy
 from mmforget.models.base import Model, state_hash
 from mmforget.request import ForgetRequest
@@ -71,12 +72,14 @@ class SequenceResult:
 
     Attributes:
         model: the unlearned model after the last request, in eval mode.
+        before: the model before the last request; the original for a single one.
         steps: one entry per request.
         rows: accuracies of the original model (step 0) and after each request.
         curve: accuracy on validation data after each epoch.
     """
 
     model: Model
+    before: Model
     steps: list[Step]
     rows: list[dict[str, Any]]
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -138,6 +141,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _check_readable(checkpoint: Path) -> None:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            f"the checkpoint '{checkpoint}' is corrupted or not a plain checkpoint; delete it, and "
+            "`--resume` starts this request again"
+        ) from error
+
+
 class SequenceRunner:
     """Runs a method once per request and resumes where it was stopped.
 
@@ -177,13 +190,16 @@ class SequenceRunner:
         self._check_origin()
         self.data.request(self.requests[0])
         rows = [{"step": 0, "request": ""} | row for row in accuracies(self.model, self.data)]
-        current, carried, steps = self.model, {}, []
+        before = current = self.model
+        carried: dict[str, torch.Tensor] = {}
+        steps: list[Step] = []
         curve: list[dict[str, Any]] = []
         for number, request in enumerate(self.requests, start=1):
             folder = self.folder / f"request-{number}"
             folder.mkdir(parents=True, exist_ok=True)
             self.data.request(*self.requests[:number])
             done = folder / "done.json"
+            before = current
             if done.is_file():
                 step = self._read(done, folder)
                 current = detached_copy(current)
@@ -197,7 +213,7 @@ class SequenceRunner:
             curve += read_rows(folder / "curve.jsonl")
             if step.no_op:
                 logger.warning("request %d (%s) changed nothing", number, request.name)
-        return SequenceResult(current, steps, rows, curve)
+        return SequenceResult(current, before, steps, rows, curve)
 
     def _check_origin(self) -> None:
         """A working folder belongs to one model and one list of requests."""
@@ -251,6 +267,8 @@ class SequenceRunner:
             return
         self.data.view = method.view
         point = ResumePoint(folder)
+        if point.last_model_path:
+            _check_readable(point.path)
         curve = ForgettingCurve(folder / "curve.jsonl", self.data, number)
         trainer = self.trainer(default_root_dir=str(folder), callbacks=[point, curve])
         try:
