@@ -75,6 +75,15 @@ class ForgettingMethod(LightningModule):
         # plain attributes are lost when a forked or spawned training process ends.
         self.register_buffer("sample_passes", torch.zeros(2, 2, dtype=torch.float64))
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The method's own buffers, for `DistributedDataParallel`.
+
+        It would overwrite every process's buffers by those of the first before each forward pass,
+        and with them the sums and counts that a process has collected itself.
+        """
+        return [name for name, _ in self.named_buffers() if not name.startswith("model.")]
+
     # ---- data -------------------------------------------------------------------------------
 
     def bind(self, data: ForgetDataModule) -> None:

@@ -147,12 +147,15 @@ class GSLoRAPlusPlus(GSLoRA):
             dataset = self.data.subset("train", role, whole=whole)  # type: ignore[arg-type]
             for batch in self.data.loader(dataset):
                 batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-                features = self.model.features(batch).float()
-                total.index_add_(0, batch["label"], features.double())
-                count += torch.bincount(batch["label"], minlength=classes)
+                features, weight = self.model.features(batch), batch["weight"].double()
+                total.index_add_(0, batch["label"], features.double() * weight.unsqueeze(1))
+                count.index_add_(0, batch["label"], weight)
                 predicted = self.model.logits(batch, features=features).argmax(1)
-                correct += (predicted == batch["label"]).sum()
+                correct += ((predicted == batch["label"]) * weight).sum()
                 self.spend(**{role: samples(batch)})
+        if self.world_size > 1:  # the loader gives every process a part
+            for value in (total, count, correct):
+                torch.distributed.all_reduce(value)
         n, chance = float(count.sum()), 1 / classes
         accuracy = float(correct) / n
         # Three standard deviations of guessing: a random network does not pass by luck.

@@ -138,8 +138,6 @@ class SSD(StatisticsMethod):
             torch.zeros(2, self.importance.size, dtype=torch.float64 if precise else torch.float32),
         )
         self.register_buffer("counts", torch.zeros(2, dtype=torch.float64))
-        # DistributedDataParallel would overwrite each process's sums with those of the first.
-        self._ddp_params_and_buffers_to_ignore = ["sums", "counts", "sample_passes"]
         self._report: dict[str, Any] = {}
 
     # ---- the pass -------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import pytest
 from mmforget.methods import (
     SCRUB,
     SSD,
+    GSLoRA,
+    GSLoRAPlusPlus,
     HeadOnly,
     Identity,
     LogitMask,
@@ -19,6 +21,9 @@ from mmforget.testing.conformance import MethodChecks
 
 # One row per method: settings that forget one of five classes in a few steps, and their length.
 ROWS = {
+    "GSLoRA": MethodChecks(lambda m: GSLoRA(m, lr=2e-2, beta=1.0)),
+    "GSLoRA-sample": MethodChecks(lambda m: GSLoRA(m, lr=2e-2, beta=1.0, hinge="sample")),
+    "GSLoRAPlusPlus": MethodChecks(lambda m: GSLoRAPlusPlus(m, lr=2e-2, beta=1.0, w_retain=0.1)),
     "HeadOnly": MethodChecks(lambda m: HeadOnly(m, lr=0.1), epochs=4),
     "Identity": MethodChecks(Identity),
     "LogitMask": MethodChecks(LogitMask),
