@@ -114,7 +114,9 @@ def forget(
         if first:
             atomic_write(folder.work / "config.yaml", config)
         outcome = runner.run()
-        results = _audit(model, outcome, data, requests, compared, audit_options, run, original_source)
+        results = _audit(
+            model, outcome, data, requests, compared, audit_options, run, original_source
+        )
         if first:
             _write(folder, model, outcome, data, requests, results, config, original_source, run)
     except BaseException:
@@ -174,7 +176,8 @@ def _audit(
     data.request(*requests)
     models = [
         AuditedModel(
-            ModelEntry("original", "original", hash=state_hash(model), source=original_source), model
+            ModelEntry("original", "original", hash=state_hash(model), source=original_source),
+            model,
         ),
         AuditedModel(
             ModelEntry(
@@ -205,7 +208,9 @@ def _audit(
         curves={"forgetting": outcome.curve},
     )
     results.warnings += [
-        f"request '{step.request.name}' changed no parameter" for step in outcome.steps if step.no_op
+        f"request '{step.request.name}' changed no parameter"
+        for step in outcome.steps
+        if step.no_op
     ]
     return results
 
@@ -238,7 +243,9 @@ def _write(
         seeds={"data": data.seed, "method": outcome.steps[-1].seed},
     )
     adapters = {
-        step.request.name: _copier(step.adapter) for step in outcome.steps if step.adapter is not None
+        step.request.name: _copier(step.adapter)
+        for step in outcome.steps
+        if step.adapter is not None
     }
     saved = save_artifact(
         outcome.model,
@@ -286,4 +293,3 @@ def _copier(source: Path) -> Any:
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
     return copy
-

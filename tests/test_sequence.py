@@ -36,9 +36,7 @@ def run(tiny_model, quiet_trainer) -> Callable[..., SequenceRunner]:
     def make(folder: Path, *extra: Callback, model=tiny_model, requests=REQUESTS):
         def trainer(**settings) -> Trainer:
             callbacks = [*settings.pop("callbacks", []), *extra]
-            return quiet_trainer(
-                max_epochs=3, limit_val_batches=0, callbacks=callbacks, **settings
-            )
+            return quiet_trainer(max_epochs=3, limit_val_batches=0, callbacks=callbacks, **settings)
 
         def method(current) -> ForgettingMethod:
             return GSLoRAPlusPlus(current, lr=1e-2, beta=1.0)
@@ -95,9 +93,7 @@ def test_a_finished_request_is_not_run_again(run, tmp_path):
     stamps = [json.loads((tmp_path / f"request-{n}/done.json").read_text()) for n in (1, 2)]
     again = run(tmp_path, Killer(1, 0)).run()
     assert state_hash(again.model) == state_hash(first.model)
-    assert stamps == [
-        json.loads((tmp_path / f"request-{n}/done.json").read_text()) for n in (1, 2)
-    ]
+    assert stamps == [json.loads((tmp_path / f"request-{n}/done.json").read_text()) for n in (1, 2)]
 
 
 def test_a_bad_second_request_is_refused_before_the_first_starts(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The schema of `results.json`: what was measured, on what, how surely, against which references."""
+"""The schema of `results.json`: what was measured, on what, how surely, against what."""
 
 from __future__ import annotations
 

@@ -22,7 +22,6 @@ examples:
 """
 
 
-
 def run(args: list[str]) -> int:
     """Print one list.
 

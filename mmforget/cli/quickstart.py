@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def run(args: list[str]) -> int:
         raise ConfigurationError(
             f"the quickstart has no family '{given.family}', {suggest(given.family, CONFIGS)}"
         )
+    # So small a network is fastest on one thread; read when torch is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     print("A vision transformer that knows ten digits forgets the three, then the seven.")
     print("Loading torch and Lightning takes up to half a minute on a small machine.", flush=True)
     from mmforget.cli import forget

@@ -157,7 +157,7 @@ class ForgettingMethod(LightningModule):
         """Method-specific facts for the report, plain data."""
         return {}
 
-    # ---- the end ----------------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------
 
     def edit(self) -> None:
         """Bring the result into the weights of `self.model`. Runs once, inside `finalize`."""

@@ -193,9 +193,7 @@ class GSLoRA(GradientMethod):
             * self.bounded(loss[:n_forget], weight[:n_forget], self.bound, record=True),
         }
 
-    def bounded(
-        self, values: Tensor, weight: Tensor, bound: float, record: bool = False
-    ) -> Tensor:
+    def bounded(self, values: Tensor, weight: Tensor, bound: float, record: bool = False) -> Tensor:
         """``ReLU(bound - mean(values))``, or the mean of the hinges with ``hinge="sample"``."""
         if self.hinge == "sample":
             hinge = self.global_mean((bound - values).relu(), weight)
@@ -251,7 +249,7 @@ class GSLoRA(GradientMethod):
         decay = 0.0 if self.proximal else self.weight_decay
         return [{"params": [p for m in self.groups.values() for p in m], "weight_decay": decay}]
 
-    # ---- checkpoints: adapters only ---------------------------------------------------------------
+    # ---- checkpoints: adapters only ----------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapters and the method's own buffers; the frozen weights are the model's."""
@@ -273,7 +271,7 @@ class GSLoRA(GradientMethod):
     def _is_own(name: str) -> bool:
         return ".lora_" in name or not name.startswith("model.")
 
-    # ---- the end ------------------------------------------------------------------------------------
+    # ---- the end ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def edit(self) -> None:
@@ -385,5 +383,3 @@ def proximal_factor(norm: Tensor, threshold: float) -> Tensor:
 
 def _flat(members: list[nn.Parameter]) -> Tensor:
     return torch.cat([p.reshape(-1).float() for p in members])
-
-

@@ -16,7 +16,7 @@ from mmforget.models.base import HasFeatures, HasHead, HasLogits, HasLoss, Model
 
 
 class GSLoRAPlusPlus(GSLoRA):
-    r"""GS-LoRA that also pushes forgotten features away from, and holds retained features at, class prototypes.
+    r"""GS-LoRA that pushes forgotten features away from, and holds others at, class prototypes.
 
     With the prototype ``p_c``, the mean feature of class ``c`` under the original model, and
     ``D(x) = KL(softmax(p_y) || softmax(h(x)))``, the loss of `GSLoRA` gains::

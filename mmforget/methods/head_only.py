@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
 from mmforget.methods.base import GradientMethod, OptimizerName
-from mmforget.methods.logit_mask import output_layers
+from mmforget.methods.logit_mask import mask_classes, output_layers
 from mmforget.models.base import HasFeatures, HasHead, HasLogits, HasLoss, Model
 from mmforget.seeds import generator
 
@@ -18,16 +18,19 @@ from mmforget.seeds import generator
 class HeadOnly(GradientMethod):
     """Trains a newly drawn head on the retain set; everything below it is frozen.
 
-    Forget accuracy reaches 0 because no positive example is left, while the features still hold
-    everything: an audit that ranks this high measures logits only. Elsewhere known as EU-k with
-    ``k = 1`` (S. Goel et al., *Towards Adversarial Evaluations for Inexact Machine Unlearning*,
-    2022, arXiv 2201.06640). Reads retain inputs and labels.
+    The logits forget, the features still hold everything: an audit that ranks this high measures
+    logits only. Elsewhere known as EU-k with ``k = 1`` (S. Goel et al., *Towards Adversarial
+    Evaluations for Inexact Machine Unlearning*, 2022, arXiv 2201.06640), with one difference: the
+    rows of forgotten classes are masked in the end, as in `LogitMask`. Without it they can win
+    although they never saw a positive example, since behind a normalisation the features of an
+    unseen class lie opposite to those of the others; the shipped digit classifier kept 68 and 88 %
+    of its forget accuracy in that way. Reads retain inputs and labels.
 
     Args:
         model, copy, seed, lr, lr_min, weight_decay, optimizer: see `GradientMethod`.
 
     Raises:
-        CapabilityError: the head has no linear layer.
+        CapabilityError: the head has no linear layer with a bias.
     """
 
     requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasFeatures, HasHead)
@@ -63,8 +66,7 @@ class HeadOnly(GradientMethod):
             nn.init.trunc_normal_(drawn, std=0.02, generator=generator(seed, "head", number))
             with torch.no_grad():
                 layer.weight.copy_(drawn)
-                if layer.bias is not None:
-                    layer.bias.zero_()
+                layer.bias.zero_()
 
     def on_train_epoch_start(self) -> None:
         """The frozen layers stay in eval mode: no dropout, no new BatchNorm statistics."""
@@ -77,3 +79,10 @@ class HeadOnly(GradientMethod):
             features = self.model.features(batch)
         loss = self.model.loss(batch, features=features)
         return {"retain": self.global_mean(loss, batch["weight"])}
+
+    @torch.no_grad()
+    def edit(self) -> None:
+        """Mask the rows of forgotten classes, if the request names classes."""
+        split = self.data.split
+        if split is not None and split.forget_classes + split.previous_classes:
+            mask_classes(output_layers("HeadOnly", self.model), split)

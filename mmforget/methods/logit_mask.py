@@ -9,6 +9,7 @@ from torch import nn
 
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
+from mmforget.data.split import ForgetSplit
 from mmforget.errors import CapabilityError, RequestError
 from mmforget.methods.base import ForgettingMethod
 from mmforget.models.base import HasHead, HasLogits, Model
@@ -41,12 +42,7 @@ class LogitMask(ForgettingMethod):
 
     def __init__(self, model: Model, copy: bool | Literal["auto"] = "auto", seed: int = 0) -> None:
         super().__init__(model, copy=copy, seed=seed)
-        for layer in output_layers("LogitMask", self.model):
-            if layer.bias is None:
-                raise CapabilityError(
-                    "LogitMask needs a bias in the head, which that of "
-                    f"{type(model).__name__} does not have; leave out this control"
-                )
+        output_layers("LogitMask", self.model)
 
     @torch.no_grad()
     def edit(self) -> None:
@@ -57,17 +53,22 @@ class LogitMask(ForgettingMethod):
                 "LogitMask masks classes, but the request names none; use it with a request for "
                 "`classes`"
             )
-        rows = list(split.forget_classes + split.previous_classes)
-        for layer in output_layers("LogitMask", self.model):
-            layer.weight[rows] = 0
-            layer.bias[rows] = MASKED
+        mask_classes(output_layers("LogitMask", self.model), split)
+
+
+def mask_classes(layers: list[nn.Linear], split: ForgetSplit) -> None:
+    """Set the rows of all forgotten classes to weight 0 and bias -10,000, in place."""
+    rows = list(split.forget_classes + split.previous_classes)
+    for layer in layers:
+        layer.weight[rows] = 0
+        layer.bias[rows] = MASKED
 
 
 def output_layers(method: str, model: nn.Module) -> list[nn.Linear]:
     """The linear layers of a model's head that give class scores, at least one.
 
     Raises:
-        CapabilityError: the head has none.
+        CapabilityError: the head has none, or one without a bias.
     """
     layers = [
         layer
@@ -78,5 +79,10 @@ def output_layers(method: str, model: nn.Module) -> list[nn.Linear]:
         raise CapabilityError(
             f"{method} needs a linear head, but that of {type(model).__name__} is a "
             f"{type(model.head).__name__}; choose another method"
+        )
+    if any(layer.bias is None for layer in layers):
+        raise CapabilityError(
+            f"{method} needs a bias in the head, which that of {type(model).__name__} does not "
+            "have; leave out this control"
         )
     return layers

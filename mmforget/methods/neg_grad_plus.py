@@ -37,7 +37,7 @@ class NegGradPlus(GradientMethod):
         model: Model,
         copy: bool | Literal["auto"] = "auto",
         seed: int = 0,
-        lr: float = 3e-4,
+        lr: float = 1e-4,
         lr_min: float = 0.0,
         weight_decay: float = 0.0,
         optimizer: OptimizerName = "adamw",

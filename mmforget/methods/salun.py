@@ -58,7 +58,7 @@ class SalUn(RandomLabels):
         freeze_bn: bool = True,
         exclude_true: bool = True,
         resample: bool = True,
-        forget_weight: float = 1.0,
+        forget_weight: float = 0.1,
         mask_fraction: float = 0.5,
         freeze: Literal["strict", "grad_only"] = "strict",
     ) -> None:

@@ -22,7 +22,7 @@ class SCRUB(GradientMethod):
     multiplied by ``T**2`` and averaged over samples. The paper makes a whole pass over the forget
     set, then one over the retain set. Here the two alternate within an epoch, step by step, until
     every forgotten sample was seen once; the rest of the epoch, and all epochs after the first
-    `forget_epochs`, has min steps only. Each epoch therefore shows every sample once, as in the paper.
+    `forget_epochs`, has min steps only. Each epoch thus shows every sample once, as in the paper.
     Reads forget inputs, retain inputs and labels.
 
     A known reimplementation makes its teacher by a shallow copy, which moves with the student; here
@@ -35,7 +35,8 @@ class SCRUB(GradientMethod):
         freeze_bn: keep BatchNorm in eval mode in min steps too; in max steps it always is.
         temperature: ``T``, positive (released code: 2).
         w_ce: weight of the cross-entropy in min steps (released code: 1, or 0.99).
-        w_kl: weight of the divergence in min steps (released code: 0.5, or 0.01).
+        w_kl: weight of the divergence in min steps (released code: 0.5, or 0.01; with few
+            retained samples a larger one keeps more).
         forget_epochs: number of first epochs with max steps (released code: 2 or 3).
 
     Reference:
@@ -51,14 +52,14 @@ class SCRUB(GradientMethod):
         model: Model,
         copy: bool | Literal["auto"] = "auto",
         seed: int = 0,
-        lr: float = 3e-4,
+        lr: float = 1e-4,
         lr_min: float = 0.0,
         weight_decay: float = 0.0,
         optimizer: OptimizerName = "adamw",
         freeze_bn: bool = True,
         temperature: float = 2.0,
         w_ce: float = 1.0,
-        w_kl: float = 0.5,
+        w_kl: float = 5.0,
         forget_epochs: int = 3,
     ) -> None:
         super().__init__(

@@ -34,25 +34,29 @@ class SSD(StatisticsMethod):
     Buffers are left alone. Reads forget and retain inputs once (sums only); labels only for the
     kind ``empirical_fisher`` and for ``search``.
 
-    Since the forget set is a share ``p`` of all data, ``I_f / I_D`` cannot exceed ``1 / p``: the
-    threshold is best given as a share of that ceiling, ``alpha_rel = alpha * p``. The published
-    ``alpha = 10`` belongs to another estimator (squares of batch means, which depend on batch size
-    and sample order) and selects nothing here when a tenth or more is forgotten.
+    There are three ways to the threshold:
+
+    * by default the ``ln(1 + 100 p)`` percent of weights with the largest ratio are selected, if it
+      is above 1; ``p`` is the share of the forget set. Nothing is tuned;
+    * `alpha_rel` or `alpha`. Since ``I_f / I_D`` cannot exceed ``1 / p``, a threshold is best given
+      as a share of that ceiling, ``alpha_rel = alpha * p``. The published ``alpha = 10`` belongs to
+      another estimator (squares of batch means, which depend on batch size and sample order) and
+      selects nothing here when a tenth or more is forgotten;
+    * `search` lowers `alpha_rel` until the validation set is forgotten.
 
     Not suited to forgetting single memorised samples: their importance profile is that of all data,
     or owns nearly all of it. Both cases are logged as warnings.
 
     Args:
         model, copy, seed: see `ForgettingMethod`.
-        kind: importance; ``abs_l2_output`` is the label-free variant, with the wider window of good
-            thresholds.
-        alpha_rel: threshold as a share of the ceiling, in (0, 1); good between 0.25 and 0.4.
-        alpha: raw threshold instead; overrides `alpha_rel`.
+        kind: importance; ``abs_l2_output`` is the label-free variant.
+        alpha_rel: threshold as a share of the ceiling, in (0, 1); usual are 0.15 to 0.4.
+        alpha: raw threshold, positive.
         lam: dampening, positive; at 1 a weight keeps ``I_D / I_f`` of itself.
-        reference: ``D`` compares with all data, ``D_r`` with the retain set, which has no ceiling.
-        select: ``threshold``; ``quantile`` takes the ``ln(1 + 100 p)`` percent of weights with the
-            largest ratio to the retain set above 1 (tuning-free, needs ``reference="D_r"``).
-        search: lower `alpha_rel` from 0.6 to 0.1 until at most `target` of the forget validation
+        reference: ``D`` compares with all data, ``D_r`` with the retain set, whose ratios have no
+            ceiling: but for a raw `alpha` the same weights are selected, and dampened more.
+            ``auto`` is ``D_r`` for the default rule and ``D`` for a given threshold, as published.
+        search: try `alpha_rel` from 0.6 down to 0.1 until at most `target` of the forget validation
             items are still recognised. Importance is computed once. A result found this way is
             tuned on validation data; report it as such.
         target: accuracy in [0, 1] on the forget part of the validation set to stop at.
@@ -84,11 +88,10 @@ class SSD(StatisticsMethod):
         copy: bool | Literal["auto"] = "auto",
         seed: int = 0,
         kind: ImportanceKind = "abs_l2_output",
-        alpha_rel: float = 0.33,
+        alpha_rel: float | None = None,
         alpha: float | None = None,
         lam: float = 1.0,
-        reference: Literal["D", "D_r"] = "D",
-        select: Literal["threshold", "quantile"] = "threshold",
+        reference: Literal["auto", "D", "D_r"] = "auto",
         search: bool = False,
         target: float = 0.0,
         max_drop: float = 0.05,
@@ -97,12 +100,11 @@ class SSD(StatisticsMethod):
         super().__init__(model, copy=copy, seed=seed)
         for name, value, valid in (
             ("kind", kind, get_args(ImportanceKind)),
-            ("reference", reference, ("D", "D_r")),
-            ("select", select, ("threshold", "quantile")),
+            ("reference", reference, ("auto", "D", "D_r")),
         ):
             if value not in valid:
                 raise ConfigurationError(f"`{name}` is '{value}', {suggest(value, valid)}")
-        if not 0 < alpha_rel < 1:
+        if alpha_rel is not None and not 0 < alpha_rel < 1:
             raise ConfigurationError(
                 f"`alpha_rel` is {alpha_rel}, it must lie between 0 and 1; at 1 nothing is selected"
             )
@@ -110,21 +112,20 @@ class SSD(StatisticsMethod):
             raise ConfigurationError(f"`alpha` is {alpha}, it must be positive")
         if not lam > 0:
             raise ConfigurationError(f"`lam` is {lam}, it must be positive")
-        if select == "quantile" and reference == "D":
+        given = {"alpha_rel": alpha_rel, "alpha": alpha, "search": search or None}
+        chosen = [name for name, value in given.items() if value is not None]
+        if len(chosen) > 1:
             raise ConfigurationError(
-                "`select` is 'quantile', which compares with the retain set; "
-                "set `reference` to 'D_r'"
-            )
-        if search and (select == "quantile" or alpha is not None):
-            raise ConfigurationError(
-                "`search` chooses `alpha_rel`; leave out `alpha` and keep `select` at 'threshold'"
+                f"`{chosen[0]}` and `{chosen[1]}` both choose the threshold; give one of them"
             )
         check_capabilities(
             f"SSD with kind '{kind}'",
             model,
             (HasLogits,) if kind == "abs_l2_output" else (HasLoss,),
         )
-        self.kind, self.reference, self.select = kind, reference, select
+        if reference == "auto":
+            reference = "D" if chosen else "D_r"
+        self.kind, self.reference = kind, reference
         self.alpha_rel, self.alpha, self.lam = alpha_rel, alpha, lam
         self.search, self.target, self.max_drop = search, target, max_drop
         if kind == "abs_l2_output" and not search:
@@ -220,13 +221,11 @@ class SSD(StatisticsMethod):
         else:
             threshold = self._threshold(forget, reference, share)
         chosen = _selected(forget, reference, threshold)
-        if self.select == "quantile":
-            chosen &= forget > reference
         if not chosen.any():
             raise NoOpError(
                 f"SSD selected no weight: no importance ratio exceeds {threshold:.3g} "
                 f"(largest {float(_ratio(forget, reference).max()):.3g}); lower "
-                f"{'`alpha`' if self.alpha is not None else '`alpha_rel`'}"
+                "`alpha_rel`, or leave it to the quantile rule"
             )
         old = {n: p.clone() for n, p in self._weights().items()}
         self._dampen(chosen, forget, reference)
@@ -251,15 +250,15 @@ class SSD(StatisticsMethod):
         return {n: p for n, p in self.model.named_parameters() if n in self.importance.shapes}
 
     def _threshold(self, forget: Tensor, reference: Tensor, share: float) -> float:
-        if self.select == "quantile":
-            ratio = _ratio(forget, reference)
-            ratio = ratio[ratio.isfinite() & (reference > 0)]
-            kept = 1 - math.log1p(100 * share) / 100
-            rank = min(max(math.ceil(kept * len(ratio)), 1), len(ratio))
-            return float(ratio.kthvalue(rank).values)
         if self.alpha is not None:
             return self.alpha
-        return self._from_relative(self.alpha_rel, share)
+        if self.alpha_rel is not None:
+            return self._from_relative(self.alpha_rel, share)
+        ratio = _ratio(forget, reference)
+        ratio = ratio[ratio.isfinite() & (reference > 0)]
+        kept = 1 - math.log1p(100 * share) / 100
+        rank = min(max(math.ceil(kept * len(ratio)), 1), len(ratio))
+        return max(float(ratio.kthvalue(rank).values), 1.0)
 
     def _from_relative(self, alpha_rel: float, share: float) -> float:
         """The raw threshold that selects the same weights for either reference."""

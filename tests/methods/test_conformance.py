@@ -28,12 +28,12 @@ ROWS = {
     "Identity": MethodChecks(Identity),
     "LogitMask": MethodChecks(LogitMask),
     "NegGradPlus": MethodChecks(lambda m: NegGradPlus(m, lr=2e-3, alpha=0.8)),
-    "RandomLabels": MethodChecks(lambda m: RandomLabels(m, lr=3e-3)),
+    "RandomLabels": MethodChecks(lambda m: RandomLabels(m, lr=3e-3, forget_weight=1.0)),
     "Retrain": MethodChecks(Retrain, epochs=6),
-    "SCRUB": MethodChecks(lambda m: SCRUB(m, lr=1e-3)),
-    "SSD": MethodChecks(lambda m: SSD(m, alpha_rel=0.25)),
+    "SCRUB": MethodChecks(lambda m: SCRUB(m, lr=1e-3, w_kl=0.5)),
+    "SSD": MethodChecks(lambda m: SSD(m, alpha_rel=0.2)),
     "SSD-fisher": MethodChecks(lambda m: SSD(m, kind="empirical_fisher", alpha_rel=0.3)),
-    "SalUn": MethodChecks(lambda m: SalUn(m, lr=3e-3)),
+    "SalUn": MethodChecks(lambda m: SalUn(m, lr=3e-3, forget_weight=1.0)),
 }
 
 

@@ -93,7 +93,7 @@ def test_both_references_select_the_same_weights_at_the_same_relative_threshold(
 
 
 def test_the_ratio_has_a_ceiling(model):
-    method = passed(SSD(model, kind="empirical_fisher"), forget_data())
+    method = passed(SSD(model, kind="empirical_fisher", reference="D"), forget_data())
     forget, reference = method.importances()
     ratio = (forget / reference)[reference > 0]
     assert float(ratio.max()) <= 5 + 1e-6  # a fifth is forgotten
@@ -145,7 +145,7 @@ def test_the_default_reads_no_labels(model):
 
 
 def test_quantile_needs_no_threshold(model):
-    method = passed(SSD(model, select="quantile", reference="D_r"), forget_data())
+    method = passed(SSD(model), forget_data())
     method.finalize()
     report = method.statistics()
     # ln(1 + 100 * 0.2) = 3.04 percent of the weights with any importance
@@ -155,7 +155,7 @@ def test_quantile_needs_no_threshold(model):
 
 def test_random_samples_give_a_warning(model, caplog):
     data = forget_data(samples=tuple(range(0, 150, 11)))
-    method = passed(SSD(model, kind="abs_l2_output", alpha_rel=0.12), data)
+    method = passed(SSD(model), data)
     with caplog.at_level(logging.WARNING, logger="mmforget"):
         method.finalize()
     assert any("looks like all data" in record.message for record in caplog.records)
@@ -216,8 +216,8 @@ def test_frozen_parameters_stay(model):
         ({"alpha_rel": 1.0}, "`alpha_rel` is 1.0, it must lie between 0 and 1"),
         ({"alpha": 0.0}, "`alpha` is 0.0"),
         ({"lam": -1.0}, "`lam` is -1.0"),
-        ({"select": "quantile"}, "set `reference` to 'D_r'"),
-        ({"search": True, "alpha": 2.0}, "leave out `alpha`"),
+        ({"alpha_rel": 0.3, "alpha": 2.0}, "`alpha_rel` and `alpha` both choose the threshold"),
+        ({"search": True, "alpha": 2.0}, "`alpha` and `search` both choose the threshold"),
     ],
 )
 def test_bad_settings(model, settings, message):
