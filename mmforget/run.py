@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from mmforget.artifacts.ledger import Ledger
 from mmforget.artifacts.manifest import Manifest, config_hash, manifest_hash
 from mmforget.artifacts.model_card import model_card
@@ -26,7 +24,13 @@ from mmforget.models.base import Model, state_hash
 from mmforget.models.classifier import load_classifier
 from mmforget.report import write_report
 from mmforget.request import ForgetRequest
-from mmforget.sequence import MethodFactory, SequenceResult, SequenceRunner, TrainerFactory
+from mmforget.sequence import (
+    MethodFactory,
+    SequenceResult,
+    SequenceRunner,
+    TrainerFactory,
+    first_process,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +107,7 @@ def forget(
             interrupted run can be resumed.
     """
     folder = RunFolder(run.folder, overwrite=run.overwrite, resume=run.resume)
-    first = rank_zero_only.rank == 0
+    first = first_process()
     compared = _compared(audit_options)  # loads the models: a wrong path must not cost a run
     runner = SequenceRunner(
         model, method, data, requests, trainer, folder.work / "checkpoints"

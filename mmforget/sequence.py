@@ -151,6 +151,11 @@ def _check_readable(checkpoint: Path) -> None:
         ) from error
 
 
+def first_process() -> bool:
+    """Whether this is the process that writes; the only one unless several train together."""
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
+
+
 class SequenceRunner:
     """Runs a method once per request and resumes where it was stopped.
 
@@ -227,7 +232,7 @@ class SequenceRunner:
                 f"the unfinished run in '{self.folder}' belongs to another model or other "
                 "requests; delete it or choose another run name"
             )
-        if rank_zero_only.rank == 0:
+        if first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, json.dumps(origin))
 
@@ -255,15 +260,15 @@ class SequenceRunner:
             no_op=method.no_op,
         )
         carried = method.carry()
-        if rank_zero_only.rank == 0:
+        if first_process():
             self._write(unlearned, method, carried, step, folder)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         return unlearned, carried, step
 
     def _fit(self, method: ForgettingMethod, number: int, folder: Path) -> None:
+        method.bind(self.data)  # a forked training process binds its own copy only
         if method.view is None:
-            method.bind(self.data)
             return
         self.data.view = method.view
         point = ResumePoint(folder)
@@ -296,7 +301,7 @@ class SequenceRunner:
     ) -> None:
         save_model(model, str(folder / "model.safetensors"))
         save_file({k: v.contiguous() for k, v in carried.items()}, folder / "carry.safetensors")
-        if hasattr(method, "save_adapter"):
+        if method.saves_adapter:
             step.adapter = folder / "adapter"
             method.save_adapter(step.adapter)
         record = {

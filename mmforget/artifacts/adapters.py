@@ -47,8 +47,10 @@ def withdraw_adapter(model: Sites, folder: Path | str) -> None:
 @torch.no_grad()
 def _add(model: Sites, folder: Path, sign: float) -> None:
     for layer, delta in adapter_deltas(model.network, folder):
-        change = sign * delta.to(layer.weight.device, torch.float32)
-        layer.weight.copy_((layer.weight.float() + change).to(layer.weight.dtype))
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        change = sign * delta.to(weight.device, torch.float32)
+        weight.copy_((weight.float() + change).to(weight.dtype))
 
 
 def adapter_deltas(network: nn.Module, folder: Path) -> list[tuple[nn.Module, Tensor]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mmforget.cli.parsing import Parser, import_known_classes
 from mmforget.data.base import ForgetDataModule
@@ -42,11 +41,6 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=f".*{said}.*")
     # Lightning 2.6 with torch 2.15
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-
-
-def first_process() -> bool:
-    """Whether this is the process that writes, of those that run together."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def new_parser(command: str) -> Parser:

@@ -74,8 +74,8 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from mmforget.artifacts.run_folder import RunFolder, atomic_write
-    from mmforget.cli.building import first_process
     from mmforget.cli.train import TrainCLI, TrainingCost, fit
+    from mmforget.sequence import first_process
 
     folder = RunFolder(
         str(settings.get("run") or "runs/fit"),

@@ -79,9 +79,10 @@ def run(args: list[str]) -> int:
 
 def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.audit.results import Results
-    from mmforget.cli.building import first_process, settings_source
+    from mmforget.cli.building import settings_source
     from mmforget.cli.summary import table
     from mmforget.run import RunOptions, forget
+    from mmforget.sequence import first_process
 
     plan = prepare(args, settings)
     config = plan.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -38,6 +39,7 @@ class ForgettingMethod(LightningModule):
         control: a method that must fail the audit.
         expects_change: False for the one control that leaves the model as it is.
         find_unused_parameters: whether `DistributedDataParallel` must look for unused parameters.
+        saves_adapter: whether `save_adapter` can write the change of this request by itself.
 
     Args:
         model: the trained model. It is left as it is until `finalize` if a copy is taken.
@@ -54,7 +56,9 @@ class ForgettingMethod(LightningModule):
     control: ClassVar[bool] = False
     expects_change: ClassVar[bool] = True
     find_unused_parameters: ClassVar[bool] = False
+    saves_adapter: ClassVar[bool] = False
 
+    model: Any  # a Model that offers what the method `requires`, which no static type can say
     sample_passes: Tensor
 
     def __init__(self, model: Model, copy: bool | Literal["auto"] = "auto", seed: int = 0) -> None:
@@ -170,7 +174,7 @@ class ForgettingMethod(LightningModule):
             DivergenceError: a parameter of the result is not finite.
         """
         self.edit()
-        model = self.model
+        model: Model = self.model
         model.trainer = None
         model.zero_grad(set_to_none=True)
         for name, parameter in model.named_parameters():
@@ -186,6 +190,14 @@ class ForgettingMethod(LightningModule):
                 "%s changed no parameter: the result is the original model", type(self).__name__
             )
         return model.eval()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the change of this request by itself, after `finalize`.
+
+        Raises:
+            ConfigurationError: the method has no adapter.
+        """
+        raise ConfigurationError(f"{type(self).__name__} has no adapter; save the whole model")
 
     def restore(self) -> Model:
         """Give back the model that the method received, bit by bit as it was.

@@ -67,6 +67,7 @@ class GSLoRA(GradientMethod):
 
     requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead, Sites)
     access: ClassVar[DataAccess] = DataAccess(retain="fraction")
+    saves_adapter: ClassVar[bool] = True
 
     group_norms: Tensor
     hinge_open: Tensor
@@ -118,7 +119,7 @@ class GSLoRA(GradientMethod):
                 raise ConfigurationError(f"`{name}` is {number}, it must be positive")
         self.rank, self.scale = rank, lora_alpha / rank
         self.beta, self.hinge = beta, hinge
-        self.bound = 2 * math.log(model.num_classes) if bound == "auto" else float(bound)
+        self.bound = 2 * math.log(self.model.num_classes) if bound == "auto" else float(bound)
         self.sparsity, self.sparsity_warmup = sparsity, sparsity_warmup
         self.proximal, self.grouping, self.norm = proximal, group, norm
         self.zero_threshold, self.drop_zero_groups = zero_threshold, drop_zero_groups

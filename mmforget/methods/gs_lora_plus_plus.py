@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmforget.data.access import DataAccess
+from mmforget.data.split import Role
 from mmforget.errors import ConfigurationError, ModelError, suggest
 from mmforget.methods.base import joined, samples
 from mmforget.methods.gs_lora import GSLoRA
@@ -120,7 +121,7 @@ class GSLoRAPlusPlus(GSLoRA):
         self.w_forget, self.w_retain = w_forget, w_retain
         self.prototype_bound = prototype_bound
         self.reference, self.prototype_data = reference, prototype_data
-        classes, width = model.num_classes, model.num_features
+        classes, width = self.model.num_classes, self.model.num_features
         self.register_buffer("prototypes", torch.zeros(classes, width))
         self.register_buffer("prototype_known", torch.zeros(classes, dtype=torch.bool))
 
@@ -142,9 +143,9 @@ class GSLoRAPlusPlus(GSLoRA):
         total = torch.zeros(classes, width, dtype=torch.float64, device=device)
         count = torch.zeros(classes, dtype=torch.float64, device=device)
         correct = torch.zeros((), dtype=torch.float64, device=device)
-        for role in ("forget", "retain"):
-            whole = self.prototype_data == "all"
-            dataset = self.data.subset("train", role, whole=whole)  # type: ignore[arg-type]
+        roles: tuple[Role, ...] = ("forget", "retain")
+        for role in roles:
+            dataset = self.data.subset("train", role, whole=self.prototype_data == "all")
             for batch in self.data.loader(dataset):
                 batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
                 features, weight = self.model.features(batch), batch["weight"].double()
@@ -152,7 +153,10 @@ class GSLoRAPlusPlus(GSLoRA):
                 count.index_add_(0, batch["label"], weight)
                 predicted = self.model.logits(batch, features=features).argmax(1)
                 correct += ((predicted == batch["label"]) * weight).sum()
-                self.spend(**{role: samples(batch)})
+                self.spend(
+                    forget=samples(batch) if role == "forget" else 0,
+                    retain=samples(batch) if role == "retain" else 0,
+                )
         if self.world_size > 1:  # the loader gives every process a part
             for value in (total, count, correct):
                 torch.distributed.all_reduce(value)

@@ -79,7 +79,7 @@ class SCRUB(GradientMethod):
         self.temperature, self.w_ce, self.w_kl = temperature, w_ce, w_kl
         self.forget_epochs = forget_epochs
         self.automatic_optimization = False
-        self.teacher = detached_copy(self.model).requires_grad_(False).eval()
+        self.teacher: Any = detached_copy(self.model).requires_grad_(False).eval()
         self._phase: Literal["max", "min"] = "min"
 
     def on_train_epoch_start(self) -> None:
