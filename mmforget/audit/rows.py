@@ -124,12 +124,12 @@ METRICS: dict[str, Spec] = {
         "representation", "higher", "", None, 1.0, 0.05,
         "similarity of features to retrained models (unbiased linear CKA)",
     ),
-    "procrustes_to_original": _fraction(
-        "representation", "closer_to_retrained", 0.05,
+    "procrustes_to_original": Spec(
+        "representation", "closer_to_retrained", "", 0.0, 1.0, 0.05,
         "distance of features from the original model after the best rotation",
     ),
-    "procrustes_to_retrained": _fraction(
-        "representation", "lower", 0.05,
+    "procrustes_to_retrained": Spec(
+        "representation", "lower", "", 0.0, 1.0, 0.05,
         "distance of features from retrained models after the best rotation",
     ),
     "knn_accuracy": _fraction(
