@@ -224,7 +224,7 @@ def test_print_config_of_a_shipped_configuration(capsys: pytest.CaptureFixture[s
     assert main(argv) == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["method"]["init_args"]["rank"] == 2
-    assert [request["classes"] for request in config["request"]] == [[3], [8]]
+    assert [request["classes"] for request in config["request"]] == [["three"], ["seven"]]
     assert config["trainer"]["use_distributed_sampler"] is False
 
 
