@@ -23,7 +23,6 @@ from mmforget.errors import DataError, MissingFileError, suggest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import datasets
 
 DIGITS: tuple[str, ...] = (
     "zero",
@@ -311,12 +310,12 @@ class DigitWorld(ForgetDataModule):
         """Describe a sample, for example ``a red seven on a navy background``."""
         return self.facts(id).caption
 
-    def to_huggingface(self, stage: Stage) -> datasets.Dataset:
+    def to_huggingface(self, stage: Stage) -> Any:
         """Copy a stage into a Hugging Face data set.
 
         Returns:
-            Columns ``image`` (PNG), ``label`` (`ClassLabel`), ``caption``, ``digit``, ``ink``,
-            ``background``, ``box`` (left, top, right, bottom in pixels) and ``id``.
+            A `datasets.Dataset` with the columns ``image`` (PNG), ``label`` (`ClassLabel`),
+            ``caption``, ``digit``, ``ink``, ``background``, ``box`` (left, top, right, bottom in pixels) and ``id``.
         """
         import datasets
 

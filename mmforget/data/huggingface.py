@@ -15,8 +15,11 @@ from mmforget.data.split import Stage
 from mmforget.errors import DataError, MissingFileError, suggest
 
 if TYPE_CHECKING:
-    import datasets
     from PIL.Image import Image
+
+# A `datasets.Dataset`. Not imported for type checkers either: jsonargparse follows such imports,
+# and this one would add five seconds to the start of every command.
+Table = Any
 
 
 class HuggingFaceData(ForgetDataModule):
@@ -105,7 +108,7 @@ class HuggingFaceData(ForgetDataModule):
                 f"`path` '{self.path}' with `data_files` {self.data_files} cannot be read "
                 f"({error}); check that the files are whole and of this kind"
             ) from error
-        tables: dict[Stage, datasets.Dataset] = {}
+        tables: dict[Stage, Table] = {}
         for stage, split in self.splits.items():
             if split is not None:
                 if split not in loaded:
@@ -123,7 +126,7 @@ class HuggingFaceData(ForgetDataModule):
     def _stage_of(
         self,
         stage: Stage,
-        table: datasets.Dataset,
+        table: Table,
         labels: dict[Stage, np.ndarray],
         names: tuple[str, ...],
     ) -> ImageDataset:
@@ -137,7 +140,7 @@ class HuggingFaceData(ForgetDataModule):
             self.image_size,
         )
 
-    def _image_column(self, table: datasets.Dataset) -> str:
+    def _image_column(self, table: Table) -> str:
         import datasets
 
         kinds = table.features
@@ -157,13 +160,13 @@ class HuggingFaceData(ForgetDataModule):
             )
         return column
 
-    def _column(self, table: datasets.Dataset, column: str, option: str) -> str:
+    def _column(self, table: Table, column: str, option: str) -> str:
         if column not in table.column_names:
             raise DataError(f"`{option}` is '{column}', {suggest(column, table.column_names)}")
         return column
 
     def _labels(
-        self, tables: dict[Stage, datasets.Dataset]
+        self, tables: dict[Stage, Table]
     ) -> tuple[dict[Stage, np.ndarray], tuple[str, ...]]:
         """Class indices by stage, and class names; a plain column is numbered in sorted order."""
         import datasets
@@ -187,7 +190,7 @@ class HuggingFaceData(ForgetDataModule):
 class _Opener:
     """Opens the pictures of rows; a class, so that loader workers can be sent it."""
 
-    def __init__(self, table: datasets.Dataset, column: str) -> None:
+    def __init__(self, table: Table, column: str) -> None:
         import datasets
 
         self._table = table.select_columns([column]).cast_column(
