@@ -53,8 +53,8 @@ from mmforget.models import Model, state_hash
 
 TUNING = (
     "chosen on validation images of the digit world with the shipped model, about 27 settings for "
-    "GS-LoRA++ and two to ten for each other method; `bound` of GS-LoRA++ was raised after one look "
-    "at test accuracies of seed 0; used unchanged on every seed and data set"
+    "GS-LoRA++ and two to ten for each other method; `bound` of GS-LoRA++ was raised after one "
+    "look at test accuracies of seed 0; used unchanged on every seed and data set"
 )
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets"

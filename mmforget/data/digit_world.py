@@ -315,7 +315,8 @@ class DigitWorld(ForgetDataModule):
 
         Returns:
             A `datasets.Dataset` with the columns ``image`` (PNG), ``label`` (`ClassLabel`),
-            ``caption``, ``digit``, ``ink``, ``background``, ``box`` (left, top, right, bottom in pixels) and ``id``.
+            ``caption``, ``digit``, ``ink``, ``background``, ``box`` (left, top, right, bottom in
+            pixels) and ``id``.
         """
         import datasets
 
