@@ -298,7 +298,9 @@ def render(name: str, found: list[Results]) -> None:
         f"({', then '.join(WORLDS[name].requests)}); mean ± standard deviation over training seeds "
         "(for the retrained models over these too). Measured on unseen test images.",
         "",
-        "| model | " + " | ".join(title for _, _, title in COLUMNS) + " | zero groups | verdicts |",
+        "| model | "
+        + " | ".join(title for _, _, title in COLUMNS)
+        + " | zero groups | by its answers |",
         "|---" * (len(COLUMNS) + 3) + "|",
     ]
     table = []
@@ -335,7 +337,7 @@ def render(name: str, found: list[Results]) -> None:
         lines.append(f"Retraining took {statistics.fmean(seconds):.0f} s on average.")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    titles = ["model", *(title for _, _, title in COLUMNS), "zero groups", "verdicts"]
+    titles = ["model", *(title for _, _, title in COLUMNS), "zero groups", "by its answers"]
     body = {"seeds": len(found), "columns": titles, "rows": table}
     (RESULTS / f"{name}.json").write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(lines))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from mmforget import DigitWorld, ForgetRequest, GSLoRAPlusPlus, SequenceRunner
@@ -110,3 +111,18 @@ def test_a_working_folder_of_another_model_is_refused(run, tmp_path, tiny_model)
     next(other.parameters()).data.add_(1)
     with pytest.raises(ConfigurationError, match="another model"):
         run(tmp_path, model=other).run()
+
+
+def test_two_processes_forget_like_one(run, tmp_path, tiny_model, quiet_trainer):
+    one = run(tmp_path / "one").run()
+    runner = run(tmp_path / "two")
+    alone = runner.trainer
+    runner.trainer = lambda **settings: alone(**settings, devices=2, strategy="ddp_fork")
+    two = runner.run()
+    for name, value in one.model.state_dict().items():
+        assert torch.allclose(two.model.state_dict()[name], value, atol=2e-3), name
+    assert {(r["step"], r["epoch"]) for r in two.curve} == {
+        (r["step"], r["epoch"]) for r in one.curve
+    }
+    for step, other in zip(two.steps, one.steps, strict=True):
+        assert step.cost["sample_passes"] == other.cost["sample_passes"]

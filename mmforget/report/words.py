@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmforget.audit.results import Direction, Family, Role
+from mmforget.audit.results import Direction, Family, Results, Role
 
 OUTCOMES: dict[str, tuple[str, str]] = {
     "forgotten": ("Forgotten", "✓"),
@@ -11,6 +11,18 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     "not_discriminative": ("Evaluation not discriminative", "?"),
 }
 """Outcome: label, sign."""
+
+ANSWERS_ONLY = ("Forgotten in its answers, not shown inside", "≈")
+"""A model that answers as asked while a check of its inside, or of privacy, failed."""
+
+
+def headline(results: Results) -> tuple[str, str, str]:
+    """Label, sign and style of the verdict; green only if every check holds."""
+    outcome = results.verdict.outcome
+    if outcome == "forgotten" and any(check.passed is False for check in results.checks):
+        return (*ANSWERS_ONLY, "damaged")
+    return (*OUTCOMES[outcome], outcome)
+
 
 NOT_DISCRIMINATIVE = (
     "This audit could not tell a model that forgot from one that did not. Its numbers support no "
