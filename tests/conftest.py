@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from mmforget import DigitWorld, ForgetRequest, ImageClassifier
+from mmforget.testing import conformance
 
 torch.set_num_threads(1)
 
@@ -23,20 +24,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 @pytest.fixture
 def quiet_trainer() -> Callable[..., Trainer]:
     """Makes a trainer that leaves nothing on the disk and prints nothing."""
-
-    def make(**settings: object) -> Trainer:
-        quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "max_epochs": 1,
-        }
-        return Trainer(**(quiet | settings))
-
-    return make
+    return conformance.quiet_trainer
 
 
 @pytest.fixture

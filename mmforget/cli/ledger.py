@@ -71,5 +71,8 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value on one line: hashes cut, requests by name, so that no sample is listed."""
+    if isinstance(value, list):
+        return " + ".join(str(v.get("name", v)) if isinstance(v, dict) else str(v) for v in value)
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text

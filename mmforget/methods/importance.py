@@ -344,6 +344,9 @@ def _layer_gradient(kind: str, call: Call, size: int) -> Tensor:
             )
         return gradient.flatten(2).sum(2)
     assert isinstance(layer, nn.LayerNorm)
+    if entered.ndim == 4 and entered.shape[-1:] != layer.normalized_shape:
+        # timm's LayerNorm2d normalises the channels of (B, C, H, W)
+        entered, gradient = entered.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
     if kind == "weight":
         gradient = gradient * F.layer_norm(entered, layer.normalized_shape, eps=layer.eps)
     return gradient.reshape(size, -1, *layer.normalized_shape).sum(1)

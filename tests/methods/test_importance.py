@@ -102,6 +102,9 @@ def classifier(network) -> ImageClassifier:
         model = ImageClassifier(
             "vit_tiny_patch16_224", num_classes=CLASSES, network_args=TINY_VIT
         ).fresh(0)
+    elif network == "convnext":
+        sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "patch_size": 2}
+        model = ImageClassifier("convnext_atto", CLASSES, network_args=sizes).fresh(0)
     else:
         model = ImageClassifier(network(), num_classes=CLASSES)
     for module in model.modules():
@@ -154,7 +157,7 @@ def computed(model, batch, kind, membership, chunk=None):
 
 
 @pytest.mark.parametrize("kind", ["empirical_fisher", "abs_l2_output"])
-@pytest.mark.parametrize("network", [Residual, "vit", SequenceFirst, Odd, Opaque])
+@pytest.mark.parametrize("network", [Residual, "vit", "convnext", SequenceFirst, Odd, Opaque])
 def test_equals_a_double_precision_loop_over_single_samples(network, kind):
     model, batch = classifier(network), batch_of(7)
     membership = torch.zeros(2, 7)
