@@ -104,6 +104,7 @@ def classifier(network) -> ImageClassifier:
         ).fresh(0)
     elif network == "convnext":
         sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "patch_size": 2}
+        sizes |= {"ls_init_value": 1.0}  # at 1e-6 single precision hides what is inside of a block
         model = ImageClassifier("convnext_atto", CLASSES, network_args=sizes).fresh(0)
     else:
         model = ImageClassifier(network(), num_classes=CLASSES)
