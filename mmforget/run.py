@@ -142,16 +142,15 @@ def resumable(work: Path) -> bool:
     return any(any(work.rglob(name)) for name in ("last.ckpt", "done.json"))
 
 
-def described(source: str, role: Role, number: int, load: bool = True) -> AuditedModel:
+def described(source: str, role: Role, number: int) -> AuditedModel:
     """Load a model from `source` as a member of an audit.
 
-    A file `training.json` beside the weights, as `mmforget fit --save` writes it, gives its cost.
+    A file `training.json` beside the weights, as `mmforget fit` writes it, gives its cost.
     """
     path = Path(source)
     note = path / "training.json"
     cost = json.loads(note.read_text()).get("cost", {}) if note.is_file() else {}
-    titles = {"held_out": "held-out retrained"}
-    name = f"{titles.get(role, role)} {number}"
+    name = f"{'held-out retrained' if role == 'held_out' else role} {number}"
     model = load_classifier(source)
     entry = ModelEntry(name=name, role=role, hash=state_hash(model), source=source, cost=cost)
     return AuditedModel(entry, model)
