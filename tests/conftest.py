@@ -25,7 +25,7 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads
 @pytest.fixture
 def quiet_trainer() -> Callable[..., Trainer]:
     """Makes a trainer that leaves nothing on the disk and prints nothing."""
-    return partial(conformance.quiet_trainer, max_epochs=1)
+    return partial(conformance.quiet_trainer, max_epochs=1, limit_val_batches=1.0)
 
 
 @pytest.fixture
