@@ -14,7 +14,7 @@ usage: mmforget quickstart [options]
 
 Takes a small vision transformer that knows the ten handwritten digits, lets it forget the three and
 then the seven with GS-LoRA++, compares it with models that never saw them and with controls that
-only pretend, and writes a report. Needs no download; about a minute on two CPU cores.
+only pretend, and writes a report. Needs no download; about 85 seconds on two CPU cores.
 
 options:
   --family FAMILY    family of models to show (default and so far only one: classifier)
