@@ -9,8 +9,8 @@ kept in the work folder, so that a stopped run goes on where it was, and `--seed
 over processes (`--render` then writes the table from all seeds found). Results go to
 `benchmarks/results/<data set>.json` and `.md`. Hyper-parameters are the same for all seeds. They
 were chosen on validation images of seed 0, but those of GS-LoRA++ not untouched by its test images:
-`hinge` and `bound` were changed after quickstart runs that had left 4 and 1 of 90 of them. The other
-seeds played no part. Methods that miss are shown as they are.
+`hinge` and `bound` were changed after quickstart runs that had left 4 and 1 of 90 of them. The
+other seeds played no part. Methods that miss are shown as they are.
 """
 
 from __future__ import annotations
