@@ -245,15 +245,24 @@ class GradientMethod(ForgettingMethod):
         freeze_bn: bool = True,
     ) -> None:
         super().__init__(model, copy=copy, seed=seed)
+        self.check_training(lr, optimizer)
+        self.lr, self.lr_min, self.weight_decay = lr, lr_min, weight_decay
+        self.optimizer_name = optimizer
+        self.freeze_bn = freeze_bn
+
+    @staticmethod
+    def check_training(lr: float, optimizer: str) -> None:
+        """Refuse settings of the optimizer that have no meaning.
+
+        Raises:
+            ConfigurationError: names the setting and its value.
+        """
         if optimizer not in ("adamw", "adam", "sgd"):
             raise ConfigurationError(
                 f"`optimizer` is '{optimizer}', {suggest(optimizer, ('adamw', 'adam', 'sgd'))}"
             )
         if not lr > 0:
             raise ConfigurationError(f"`lr` is {lr}, it must be positive")
-        self.lr, self.lr_min, self.weight_decay = lr, lr_min, weight_decay
-        self.optimizer_name = optimizer
-        self.freeze_bn = freeze_bn
 
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -23,7 +24,7 @@ Batch = Mapping[str, Any]
 not read labels; ``id`` (B,) int64; ``weight`` (B,) float, 1 for a sample and 0 for the padding that
 makes the batches of several processes equally long."""
 
-SiteKind = Literal["ffn", "attention", "all"]
+SiteKind = Literal["ffn", "attention", "cross_attention", "text_reading", "all"]
 
 
 class Site(NamedTuple):
@@ -78,6 +79,106 @@ class HasHead(Protocol):
     @property
     def head(self) -> nn.Module:
         """The head; methods that forget in the features keep it frozen."""
+        ...
+
+
+class TextLayer(NamedTuple):
+    """A linear layer whose input is a function of the prompt alone.
+
+    Attributes:
+        name: qualified name in the network.
+        module: the layer.
+        reads: ``states`` (one row per token) or ``pooled`` (one row per prompt).
+        columns: number of leading input columns that come from the text; the others, such as the
+            size of the picture in SDXL, are not touched.
+    """
+
+    name: str
+    module: nn.Linear
+    reads: Literal["states", "pooled"]
+    columns: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stretch of a prompt's token states that one tokenizer is responsible for.
+
+    Attributes:
+        start: first position in the states.
+        ids: (B, n) token ids, padded.
+        content: (B, n) bool, true for the tokens of the text itself: no begin, end or padding.
+        begin: number of special tokens before the text.
+    """
+
+    start: int
+    ids: Tensor
+    content: Tensor
+    begin: int
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """What a prompt becomes before it enters the denoiser.
+
+    Attributes:
+        states: (B, L, d) one row per token.
+        pooled: (B, p) one row per prompt, None where the family has none.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.states)
+
+    def __getitem__(self, rows: Any) -> PromptEmbedding:
+        """Some of the prompts: a slice or an index tensor."""
+        return PromptEmbedding(
+            self.states[rows], None if self.pooled is None else self.pooled[rows]
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbedding]) -> PromptEmbedding:
+        """Concatenate along the prompts."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return PromptEmbedding(
+            torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None
+        )
+
+
+@runtime_checkable
+class TextConditioned(Protocol):
+    """A network that is steered by prompts."""
+
+    network: nn.Module
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbedding:
+        """Return the embeddings; raise `RequestError` for a prompt that would be truncated."""
+        ...
+
+    def unconditional(self) -> PromptEmbedding:
+        """Return one row: the embedding that stands for no prompt at all."""
+        ...
+
+    def segments(self, prompts: Sequence[str]) -> list[Segment]:
+        """Which positions of the token states belong to which tokens."""
+        ...
+
+    def text_layers(self) -> list[TextLayer]:
+        """The layers that read text, in forward order; raise `CapabilityError` if none."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A network that makes pictures."""
+
+    def generate(self, condition: Sequence[str], n: int, seed: int) -> Tensor:
+        """Return (len(condition) * n, 3, H, W) in [0, 1], the n pictures of a condition in a row.
+
+        A picture depends on its condition, its number and the seed only.
+        """
         ...
 
 

@@ -1,0 +1,328 @@
+"""Train the text-to-image models of the digit world that ship in `mmforget/assets/digit_world`.
+
+    python scripts/train_diffusion_assets.py unet          # about 50 minutes on one core
+    python scripts/train_diffusion_assets.py transformer   # about 50 minutes on one core
+
+`diffusion_unet` is a Stable Diffusion pipeline (UNet, v-prediction), `diffusion_transformer` a
+Stable Diffusion 3 pipeline (flow matching, pooled text). Both share an autoencoder that is trained
+first, learn from the training strokes only, and are ordinary diffusers folders in half precision.
+Accuracies are measured afterwards by `scripts/measure_diffusion_assets.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmforget.data.digit_captions import PROMPT_LENGTH, WORDS, captions
+from mmforget.data.digit_world import VARIANTS, render, stage_strokes
+from mmforget.seeds import generator
+from mmforget.testing.word_tokenizer import word_tokenizer
+
+ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_world"
+SCRATCH = Path("runs") / "assets"
+SEED, DRAWINGS, EMPTY = 0, 200, 0.1
+"""Every training stroke is drawn in 200 colours and places; a tenth of the captions is empty."""
+
+
+def ids(step: int, batch: int, purpose: str) -> np.ndarray:
+    """Sample ids of one batch."""
+    strokes = stage_strokes()["train"]
+    draw = generator(SEED, purpose, step)
+    rows = torch.randint(len(strokes), (batch,), generator=draw).numpy()
+    variants = torch.randint(DRAWINGS, (batch,), generator=draw).numpy()
+    return np.asarray(strokes[rows] * VARIANTS + variants)
+
+
+def pixels(sample_ids: np.ndarray) -> Tensor:
+    """(B, 3, 32, 32) in [-1, 1]."""
+    return render(sample_ids).float() / 127.5 - 1
+
+
+# ---- autoencoder ----------------------------------------------------------------------
+
+
+def train_autoencoder(steps: int = 2000, batch: int = 32) -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 24, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for step in range(steps):
+        x = pixels(ids(step, batch, "vae"))
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "vae-noise", step))
+        back = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = (back - x).square().mean() + 0.3 * (back - x).abs().mean()
+        loss = error + 2e-5 * posterior.kl().mean() / 4
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 250 == 0:
+            print(f"vae {step} {loss.item():.4f} std {posterior.mean.std().item():.2f}", flush=True)
+    with torch.no_grad():
+        latents = vae.encode(pixels(ids(steps, 512, "vae-scale"))).latent_dist.sample()
+    # Every channel is centred only roughly; one factor is what the pipelines know.
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4), shift_factor=None)
+    return vae.eval().requires_grad_(False)
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    folder = SCRATCH / "vae"
+    if not (folder / "config.json").exists():
+        train_autoencoder().save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+
+
+# ---- text ----------------------------------------------------------------------
+
+
+def text_config(projection: int = 64) -> Any:
+    from transformers import CLIPTextConfig
+
+    tokenizer = word_tokenizer(WORDS, PROMPT_LENGTH)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_LENGTH,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
+    rows = tokenizer(texts, padding="max_length", max_length=PROMPT_LENGTH, truncation=False)
+    return torch.tensor(rows.input_ids)
+
+
+# ---- pipelines ----------------------------------------------------------------------
+
+
+def unet_pipeline() -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    vae = autoencoder()
+    torch.manual_seed(SEED)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(40, 72),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=(4, 4),
+        cross_attention_dim=64,
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config()),
+        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def transformer_pipeline() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    vae = autoencoder()
+    torch.manual_seed(SEED)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=24,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        caption_projection_dim=96,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text_config(32)),
+        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
+        tokenizer_2=word_tokenizer(WORDS, PROMPT_LENGTH),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def unet_loss(pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor) -> Tensor:
+    t = (time * 1000).long().clamp(max=999)
+    noisy = pipe.scheduler.add_noise(latents, noise, t)
+    states = pipe.text_encoder(tokens(pipe.tokenizer, texts)).last_hidden_state
+    found = pipe.unet(noisy, t, encoder_hidden_states=states).sample
+    wanted = pipe.scheduler.get_velocity(latents, noise, t)
+    return (found - wanted).square().mean()
+
+
+def transformer_loss(
+    pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor
+) -> Tensor:
+    # Logit-normal times, as in Stable Diffusion 3.
+    sigma = torch.sigmoid(torch.special.ndtri(time.clamp(1e-4, 1 - 1e-4)))[:, None, None, None]
+    noisy = (1 - sigma) * latents + sigma * noise
+    ids = tokens(pipe.tokenizer, texts)
+    one = pipe.text_encoder(ids, output_hidden_states=True)
+    two = pipe.text_encoder_2(ids, output_hidden_states=True)
+    states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+    # Without T5 the pipeline appends zeros in its place.
+    states = torch.cat([states, torch.zeros_like(states)], dim=1)
+    found = pipe.transformer(
+        hidden_states=noisy,
+        timestep=sigma.flatten() * 1000,
+        encoder_hidden_states=states,
+        pooled_projections=torch.cat([one.text_embeds, two.text_embeds], dim=-1),
+    ).sample
+    return (found - (noise - latents)).square().mean()
+
+
+KINDS = {
+    "unet": (unet_pipeline, unet_loss, ("unet", "text_encoder")),
+    "transformer": (
+        transformer_pipeline,
+        transformer_loss,
+        ("transformer", "text_encoder", "text_encoder_2"),
+    ),
+}
+STEPS = {"unet": 4000, "transformer": 4000}
+
+
+def train(kind: str, steps: int, batch: int = 64, lr: float = 2e-3, decay: float = 0.998) -> None:
+    build, loss_of, parts = KINDS[kind]
+    start = time.process_time()
+    pipe = build()
+    trained = nn.ModuleDict({name: getattr(pipe, name) for name in parts}).train()
+    average = copy.deepcopy(trained)
+    print(kind, {n: sum(p.numel() for p in m.parameters()) for n, m in trained.items()}, flush=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    shift, scale = 0.0, pipe.vae.config.scaling_factor
+    running = 0.0
+    for step in range(steps):
+        rows = ids(step, batch, "diffusion")
+        draw = generator(SEED, "diffusion-noise", step)
+        with torch.no_grad():
+            posterior = pipe.vae.encode(pixels(rows)).latent_dist
+            latents = posterior.mean + posterior.std * torch.randn(
+                posterior.mean.shape, generator=draw
+            )
+        latents = (latents - shift) * scale
+        noise = torch.randn(latents.shape, generator=draw)
+        # Stratified over the batch, which lowers the variance of the loss.
+        moment = (torch.arange(batch) + torch.rand(batch, generator=draw)) / batch
+        loss = loss_of(pipe, latents, captions(rows, step, empty=EMPTY), noise, moment)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for one, other in zip(average.parameters(), trained.parameters(), strict=True):
+                one.lerp_(other, 1 - min(decay, (step + 1) / (step + 10)))
+        running += loss.item()
+        if step % 100 == 99:
+            used = time.process_time() - start
+            print(f"{kind} {step + 1} loss {running / 100:.4f} {used:.0f} s", flush=True)
+            running = 0.0
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            save(
+                kind,
+                pipe,
+                average,
+                steps=step + 1,
+                batch=batch,
+                lr=lr,
+                seconds=time.process_time() - start,
+            )
+
+
+def save(kind: str, pipe: Any, average: nn.ModuleDict, **recipe: Any) -> None:
+    folder = ASSETS / f"diffusion_{kind}"
+    shutil.rmtree(folder, ignore_errors=True)
+    # Half precision halves the size; `from_pretrained(..., torch_dtype=float32)` widens it again.
+    for name, module in average.items():
+        pipe.register_modules(**{name: copy.deepcopy(module).half().eval()})
+    vae = pipe.vae
+    pipe.register_modules(vae=copy.deepcopy(vae).half())
+    pipe.save_pretrained(folder)
+    pipe.register_modules(vae=vae)
+    record = {
+        "command": f"python scripts/train_diffusion_assets.py {kind}",
+        "seed": SEED,
+        "images": len(stage_strokes()["train"]) * DRAWINGS,
+        "empty_captions": EMPTY,
+        **{key: round(value, 4) for key, value in recipe.items()},
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["vae", *KINDS])
+    parser.add_argument("--steps", type=int, help="optimizer steps (default 4000)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.kind == "vae":
+        autoencoder()
+    else:
+        train(given.kind, given.steps or STEPS[given.kind])
+
+
+if __name__ == "__main__":
+    main()
