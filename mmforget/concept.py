@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -69,34 +71,32 @@ class ConceptSpec:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("synonyms", "preserve", "templates"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise RequestError(
-                    f"`concept.{name}` is the text '{value}', it must be a list of texts"
-                )
-            object.__setattr__(self, name, tuple(value))
         if self.kind not in get_args(ConceptKind):
             raise RequestError(
                 f"`concept.kind` is '{self.kind}', {suggest(self.kind, get_args(ConceptKind))}"
             )
+        for name in ("synonyms", "preserve", "templates"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise RequestError(f"`concept.{name}` is {value!r}, it must be a list of texts")
+            object.__setattr__(self, name, tuple(value))
+            for text in value:
+                _check_text(name, text)
+        _check_text("target", self.target)
         if not normalised(self.target):
             raise RequestError("`concept.target` is empty; name the concept that shall be erased")
         for name in ("synonyms", "preserve"):
             self._check_list(name, getattr(self, name))
         self._check_anchor()
         for template in self.templates:
-            if template.count("{}") != 1:
+            if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
                 raise RequestError(
-                    f"`concept.templates` has '{template}', a template needs exactly one '{{}}'"
+                    f"`concept.templates` has '{template}', a template needs exactly one '{{}}' "
+                    "and no other braces"
                 )
-        if (self.kind == "attribute") != (self.erase_from is not None):
-            raise RequestError(
-                "`concept.erase_from` belongs to the kind 'attribute': give both, for example "
-                "target 'a cowboy hat', erase_from 'a cowboy'"
-            )
-        if not self.weight > 0:
-            raise RequestError(f"`concept.weight` is {self.weight}, it must be above 0")
+        self._check_erase_from()
+        if isinstance(self.weight, str | bool) or not 0 < self.weight < math.inf:
+            raise RequestError(f"`concept.weight` is {self.weight}, it must be a number above 0")
 
     def _check_list(self, name: str, values: Sequence[str]) -> None:
         seen: set[str] = set()
@@ -117,12 +117,33 @@ class ConceptSpec:
             )
 
     def _check_anchor(self) -> None:
+        if self.anchor is not None:
+            _check_text("anchor", self.anchor)
         anchor = normalised(self.anchor_text)
         for word in (self.target, *self.synonyms):
             if anchor and contains(anchor, normalised(word)):
                 raise RequestError(
                     f"`concept.anchor` is '{self.anchor_text}', which contains the erased "
                     f"'{word}'; choose an anchor without it, or '' for the unconditional image"
+                )
+
+    def _check_erase_from(self) -> None:
+        if (self.kind == "attribute") != (self.erase_from is not None):
+            raise RequestError(
+                "`concept.erase_from` belongs to the kind 'attribute': give both, for example "
+                "target 'a cowboy hat', erase_from 'a cowboy'"
+            )
+        if self.erase_from is None:
+            return
+        _check_text("erase_from", self.erase_from)
+        plain = normalised(self.erase_from)
+        if not plain:
+            raise RequestError("`concept.erase_from` is empty; name what loses the attribute")
+        for word in self.words:
+            if contains(plain, normalised(word)):
+                raise RequestError(
+                    f"`concept.erase_from` is '{self.erase_from}', which contains the erased "
+                    f"'{word}'; name the thing without its attribute"
                 )
 
     @property
@@ -141,8 +162,12 @@ class ConceptSpec:
         return self.templates or TEMPLATES[self.kind]
 
     def prompts(self, word: str) -> list[str]:
-        """All sentences with a word in them; for the empty word, the empty text for each."""
-        return [sentence.format(word) if word else "" for sentence in self.sentences]
+        """All sentences with a word in them.
+
+        Args:
+            word: any text; for the empty one, every sentence becomes the empty text.
+        """
+        return [sentence.replace("{}", word) if word else "" for sentence in self.sentences]
 
     def contained(self) -> list[str]:
         """Preserved texts that contain an erased word, which deserves a warning."""
@@ -161,28 +186,48 @@ class ConceptSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> ConceptSpec:
         """Inverse of `to_dict`.
 
+        Args:
+            data: field names and values; those left out take their defaults.
+
         Raises:
-            RequestError: an unknown field.
+            RequestError: no mapping, an unknown field, or no target.
         """
+        if not isinstance(data, Mapping):
+            raise RequestError(f"`concept` is {data!r}, it must be a mapping with a `target`")
         known = [field.name for field in fields(cls)]
         for key in data:
             if key not in known:
                 raise RequestError(f"`concept` has no field '{key}'; {suggest(key, known)}")
+        if "target" not in data:
+            raise RequestError("`concept.target` is missing; name the concept that shall be erased")
         return cls(**data)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):  # YAML turns a bare 7 into a number and a bare no into False
+        raise RequestError(f"`concept.{name}` has {value!r}, which is no text; put it into quotes")
 
 
 def normalised(text: str) -> str:
     """NFC, lower case, single spaces: how texts are compared, never how they are used."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def contains(text: str, part: str) -> bool:
-    """Whether normalised words occur in a normalised text, as whole words."""
-    return f" {part} " in f" {text} "
+    """Whether normalised words occur in a normalised text, as whole words.
+
+    Args:
+        text: where to look; punctuation may stand beside the words.
+        part: the words.
+    """
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
 
 
 def check_together(concepts: Sequence[ConceptSpec]) -> None:
     """Refuse concepts that contradict each other.
+
+    Args:
+        concepts: to be erased from one model.
 
     Raises:
         RequestError: none at all, one is erased twice, erased by one and preserved by another,

@@ -32,16 +32,17 @@ def model_card(
         manifest: of the artifact.
         requests: everything that was forgotten, in order.
         results: the audit; without it the card says that nothing was measured.
-        library: that loads the weights: ``timm``, ``torchvision``, ``transformers``.
+        library: that loads the weights: ``timm``, ``torchvision``, ``transformers``, ``diffusers``.
 
     Returns:
         Text of ``README.md``.
     """
     import yaml
 
+    drawn = any(request.concepts for request in requests)
     front = {
         "library_name": library,
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": "text-to-image" if drawn else "image-classification",
         "tags": ["machine-unlearning", "mmforget", manifest.method.lower()],
     }
     if results is not None:
@@ -55,7 +56,8 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=True).strip() + "\n---",
         f"# {title}",
-        f"An image classifier that was made to forget, with {escape(manifest.method)} of mmforget. "
+        f"{'A text-to-image model' if drawn else 'An image classifier'} that was made to forget, "
+        f"with {escape(manifest.method)} of mmforget. "
         f"Base model: {escape(manifest.base_model)}.",
         "## What was forgotten",
         table(["request", "what", "goal"], asked),
@@ -77,7 +79,8 @@ def _evidence(results: Results | None) -> list[str]:
     label = words.OUTCOMES[results.verdict.outcome][0]
     columns = [column for column in content.columns_of(results) if column.role in CARD_ROLES]
     groups = content.groups_of(
-        columns, ("forgetting", "utility", "privacy", "representation", "relearning")
+        columns,
+        ("forgetting", "utility", "generation", "privacy", "representation", "relearning"),
     )
     return [
         f"**{label}.** {escape(results.verdict.sentence)}",

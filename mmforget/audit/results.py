@@ -15,7 +15,9 @@ SCHEMA_VERSION = 1
 
 Direction = Literal["higher", "lower", "closer_to_retrained", "closer_to_value", "none"]
 Role = Literal["original", "unlearned", "retrained", "held_out", "control", "random_init"]
-Family = Literal["utility", "forgetting", "privacy", "representation", "relearning", "cost"]
+Family = Literal[
+    "utility", "forgetting", "generation", "privacy", "representation", "relearning", "cost"
+]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Results:
         goal: ``untraining`` or ``concept_removal``.
         requests: the requests in order, each `ForgetRequest.to_dict` (reports show sample ids as
             hash and count).
-        data: name, hashes of the data and of the split, sizes per split, class names.
+        data: name, hashes of the data and of the split, sizes per split, class names; of
+            generators with ``kind: generator`` also prompts, sampler and judge.
         models: the measured models, the original first.
         metrics: one row per metric, model and split.
         checks: the self-checks of the audit and the checks behind the verdict.
@@ -127,7 +130,10 @@ class Results:
         class_accuracy: ``{model name: [accuracy per class]}`` on the test split.
         confusion: ``{model name: [share of predictions per class]}`` on the forgotten test images.
         examples: pictures, each ``{"kind": "forgotten"|"most_changed_retained", "id", "label",
-            "image" (base64 PNG), "predictions": {model name: [class, probability]}}``.
+            "image" (base64 PNG), "predictions": {model name: [class, probability]}}``; of
+            generators ``{"kind": "target"|"preserved"|"unconditional", "prompt", "count",
+            "images": {model name: base64 PNG of `count` pictures side by side}}``, where the same
+            place in two strips is the same seed.
         not_measured: what was left out, each with its reason.
         not_claimed: what the report does not claim.
         provenance: versions, seeds, hashes, hardware, command.

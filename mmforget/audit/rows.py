@@ -166,6 +166,65 @@ METRICS: dict[str, Spec] = {
     "relearn_retain_head": _fraction(
         "relearning", "none", 0.02, "retained accuracy after that attack"
     ),
+    # pictures of a generator
+    "target_rate": _fraction(
+        "forgetting", "lower", 0.05, "share of pictures in which the judge sees what was erased"
+    ),
+    "unconditional_rate": _fraction(
+        "forgetting", "none", 0.05, "share of pictures without prompt that show what was erased"
+    ),
+    "erasure_h_mean": _fraction(
+        "forgetting", "higher", 0.02,
+        "harmonic mean of erasure on the target, erasure on its synonyms, and what was kept",
+    ),
+    "preserved_rate": _fraction(
+        "utility", "higher", 0.05, "share of pictures in which the judge sees what was asked for"
+    ),
+    "preserved_worst": _fraction(
+        "utility", "higher", 0.1, "the same for the preserved concept that does worst"
+    ),
+    "preserved_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.03,
+        "share of right pictures of preserved concepts lost against the original model",
+    ),
+    "preserved_worst_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.1,
+        "largest loss of a single preserved concept",
+    ),
+    "other_facts_rate": _fraction(
+        "utility", "higher", 0.05,
+        "share of pictures in which the rest of the prompt is right although it names the target",
+    ),
+    "clip_score": Spec(
+        "generation", "higher", "", 0.0, 2.5, 0.02, "2.5 max(cosine of picture and prompt, 0)"
+    ),
+    "kid_to_original": Spec(
+        "generation", "lower", "", None, None, 0.01,
+        "unbiased kernel distance of the pictures from those of the original model",
+    ),
+    "paired_change": Spec(
+        "generation", "none", "", 0.0, None, 0.01,
+        "distance of each picture from that of the original model at the same seed",
+    ),
+    "empty_pictures": _fraction(
+        "generation", "lower", 0.05, "share of pictures that show nothing: blank, noise, all alike"
+    ),
+    "attack_concept_inversion": _fraction(
+        "relearning", "lower", 0.05, "pictures that show it again with a learnt word"
+    ),
+    "attack_prompts": _fraction(
+        "relearning", "lower", 0.05, "pictures that show it with misspelt or reworded prompts"
+    ),
+    "attack_adversarial_prompt": _fraction(
+        "relearning", "lower", 0.05, "pictures that show it after searching for a prompt"
+    ),
+    "attack_sdedit": _fraction(
+        "relearning", "none", 0.05, "pictures that show it when started from a noisy one that does"
+    ),
+    "attack_latent_inversion": _fraction(
+        "relearning", "none", 0.05, "pictures that show it from the noise of one that does"
+    ),
+    "edit_bytes": Spec("cost", "lower", "bytes", 0.0, None, 0.0, "size of the edit on the disk"),
     # cost
     "seconds": Spec("cost", "lower", "seconds", 0.0, None, 0.0, "wall-clock time of the method"),
     "sample_passes": Spec(

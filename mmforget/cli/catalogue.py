@@ -20,6 +20,7 @@ class Entry:
         paper: where it was published, empty for our own.
         capabilities: what a method needs of a model, or what a model offers.
         reads: the retain data that a method reads, its `DataAccess.retain`.
+        samples: what the samples of a model's data sets carry, ``labels`` or ``captions``.
     """
 
     target: str
@@ -27,6 +28,7 @@ class Entry:
     paper: str = ""
     capabilities: tuple[str, ...] = ()
     reads: str = ""
+    samples: str = "labels"
 
     @property
     def name(self) -> str:
@@ -41,6 +43,18 @@ MODELS = (
         "mmforget.models.classifier:ImageClassifier",
         "image classifiers of timm, torchvision and transformers, or any network of yours",
         capabilities=_FEATURES,
+    ),
+    Entry(
+        "mmforget.models.diffusion:DiffusionGenerator",
+        "text-to-image pipelines of diffusers: Stable Diffusion 1, 2, XL, 3, FLUX",
+        capabilities=("HasLoss", "Sites", "TextConditioned", "Generates"),
+        samples="captions",
+    ),
+    Entry(
+        "mmforget.models.clip:ClipModel",
+        "CLIP models of open_clip",
+        capabilities=("HasLoss", "HasFeatures"),
+        samples="captions",
     ),
 )
 
@@ -110,6 +124,48 @@ METHODS = (
         ("HasLoss",),
         "full",
     ),
+    Entry(
+        "mmforget.methods.uce:UCE",
+        "concepts: one linear solve of the layers that read text, in seconds",
+        "WACV 2024, arXiv 2308.14761",
+        ("TextConditioned",),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.rece:RECE",
+        "concepts: UCE, repeated on the embeddings that would bring the concept back",
+        "ECCV 2024, arXiv 2407.12383",
+        ("TextConditioned",),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.esd:ESD",
+        "concepts: train the denoiser on its own guidance turned round; whole or as a LoRA",
+        "ICCV 2023, arXiv 2303.07345",
+        ("TextConditioned", "Generates", "Sites"),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.concept_ablation:ConceptAblation",
+        "concepts: answer the concept's prompt as that of its anchor",
+        "ICCV 2023, arXiv 2303.13516",
+        ("TextConditioned", "Generates", "Sites"),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.concept_salun:ConceptSalUn",
+        "concepts: SalUn for denoisers, on the most salient weights only",
+        "ICLR 2024, arXiv 2310.12508",
+        ("TextConditioned", "Generates", "Sites"),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.sld:SLD",
+        "concepts: guidance away from them; changes no weights",
+        "CVPR 2023, arXiv 2211.05105",
+        ("TextConditioned", "Generates"),
+        "none",
+    ),
     Entry("mmforget.methods.identity:Identity", "control: changes nothing", "", (), "none"),
     Entry(
         "mmforget.methods.logit_mask:LogitMask",
@@ -140,12 +196,42 @@ METRICS = (
     Entry("mmforget.metrics.summary:h_mean", "harmonic mean of what was kept and what was lost"),
     Entry("mmforget.metrics.summary:tug_of_war", "closeness to the retrained model on all splits"),
     Entry("mmforget.metrics.summary:average_gap", "mean difference to the retrained model"),
+    Entry("mmforget.metrics.judge:ConceptRates", "how often a judge sees what was asked for"),
+    Entry("mmforget.metrics.clip:CLIPScore", "agreement of pictures with their prompts"),
+    Entry("mmforget.metrics.clip:ConceptProbability", "how sure a judge is to see a concept"),
+    Entry("mmforget.metrics.distribution:FrechetDistance", "FID on a feature network of choice"),
+    Entry("mmforget.metrics.distribution:KernelDistance", "KID, unbiased also for few pictures"),
+    Entry("mmforget.metrics.perceptual:PerceptualDistance", "distance of pictures by layers"),
+    Entry("mmforget.metrics.perceptual:PairedChange", "change of pictures at equal seeds"),
+    Entry("mmforget.metrics.vacuous:VacuousCheck", "pictures that show nothing at all"),
 )
 
 ATTACKS = (
     Entry("mmforget.attacks.relearning:relearn", "how fast a few samples bring the class back"),
     Entry("mmforget.attacks.probe:linear_probe", "is the class still in the features?"),
     Entry("mmforget.attacks.membership:transfer", "membership, learned on data that is known"),
+    Entry(
+        "mmforget.attacks.concept_inversion:inversion_attack",
+        "concept_inversion: learn a word that brings the concept back",
+        "ICLR 2024, arXiv 2308.01508",
+    ),
+    Entry(
+        "mmforget.attacks.prompts:prompt_attack",
+        "prompts: misspellings, translations, synonyms, prefixes, other seeds",
+    ),
+    Entry(
+        "mmforget.attacks.adversarial_prompt:adversarial_prompt_attack",
+        "adversarial_prompt: search for words in front of the prompt",
+        "ECCV 2024, arXiv 2310.11868",
+    ),
+    Entry(
+        "mmforget.attacks.image_side:sdedit_attack",
+        "sdedit: finish a noisy picture of the concept",
+    ),
+    Entry(
+        "mmforget.attacks.image_side:latent_inversion_attack",
+        "latent_inversion: draw from the noise of a picture of the concept",
+    ),
 )
 
 CATALOGUE: dict[str, tuple[Entry, ...]] = {
@@ -158,5 +244,6 @@ CATALOGUE: dict[str, tuple[Entry, ...]] = {
 
 
 def fits(method: Entry, model: Entry) -> bool:
-    """Whether the model offers everything that the method needs."""
-    return set(method.capabilities) <= set(model.capabilities)
+    """Whether the model offers what the method needs, and its data what the method reads."""
+    labelled = method.reads == "none" or model.samples == "labels"
+    return labelled and set(method.capabilities) <= set(model.capabilities)

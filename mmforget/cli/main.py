@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "forget two digits in the digit world and open the report"),
     "forget": ("forget", "forget a request, or a sequence of them; save, audit, report"),
+    "erase": ("erase", "make a text-to-image pipeline forget concepts, without any file"),
     "fit": ("fit", "train a model: the original, or the retrained one without the forget set"),
     "validate": ("validate", "accuracy of a model on the validation data"),
     "test": ("test", "accuracy of a model on the test data"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mmforget.audit.results import MetricResult, Results
 
 COLUMNS = (
@@ -13,14 +15,18 @@ COLUMNS = (
 )
 
 
-def table(results: Results) -> str:
-    """Accuracy on test images, probe recall and relearning steps, one line per model.
+def table(results: Results, columns: Sequence[tuple[str, str, str]] = COLUMNS) -> str:
+    """By default accuracy on test images, probe recall and relearning steps, one line per model.
+
+    Args:
+        results: of an audit.
+        columns: title, metric and split of each; those that were not measured are left out.
 
     Returns:
         Lines of text, the original first, anchors left out.
     """
     measured = {(row.metric, row.split) for row in results.metrics}
-    columns = [column for column in COLUMNS if column[1:] in measured]
+    columns = [column for column in columns if column[1:] in measured]
     rows = [["", *(title for title, _, _ in columns)]]
     for model in results.models:
         if model.role == "random_init":

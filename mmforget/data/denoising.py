@@ -8,15 +8,20 @@ teacher itself produces them, and a training step needs no teacher at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from mmforget.errors import ConfigurationError
+from mmforget.models.base import PromptEmbedding
+from mmforget.seeds import generator
+
+LATENTS_AT_ONCE = 16384
+"""Latent positions that are sampled together by default: four pictures of Stable Diffusion 1."""
 
 
 class DenoisingRecords(Dataset[dict[str, Tensor]]):
@@ -28,6 +33,7 @@ class DenoisingRecords(Dataset[dict[str, Tensor]]):
         target: (N, C, h, w) wanted outputs.
         prompt: (N,) int64, index into the prompts.
         prompts: texts.
+        passes: samples that went through the network to make the records.
 
     Raises:
         ConfigurationError: no records at all, or of different numbers.
@@ -40,6 +46,7 @@ class DenoisingRecords(Dataset[dict[str, Tensor]]):
         target: Tensor,
         prompt: Tensor,
         prompts: Sequence[str],
+        passes: int = 0,
     ) -> None:
         sizes = {len(noisy), len(time), len(target), len(prompt)}
         if len(sizes) != 1 or not len(noisy):
@@ -49,6 +56,7 @@ class DenoisingRecords(Dataset[dict[str, Tensor]]):
             )
         self.noisy, self.time, self.target, self.prompt = noisy, time, target, prompt
         self.prompts = tuple(prompts)
+        self.passes = passes
 
     def __len__(self) -> int:
         """Number of records."""
@@ -88,61 +96,305 @@ class DenoisingRecords(Dataset[dict[str, Tensor]]):
             torch.cat([part.target for part in parts])[place],
             torch.cat(moved)[place],
             prompts,
+            sum(part.passes for part in parts),
         )
+
+
+class RecordStream(IterableDataset[dict[str, dict[str, Tensor]]]):
+    """Batches of several sets of records, each of which depends on its step and the seed only.
+
+    Every set is gone through in permutations of its own, one after another without a gap. That the
+    batch of a step is known from its number lets a run be resumed anywhere, also within an epoch.
+    An iteration, which Lightning calls an epoch, ends after the first set has been gone through;
+    the next one goes on.
+
+    Args:
+        records: sets by name; the length of the first counts.
+        sizes: records per step and set, over all processes.
+        seed: of the permutations.
+        first: number of the first step.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[str, DenoisingRecords],
+        sizes: Mapping[str, int],
+        seed: int,
+        first: int = 0,
+    ) -> None:
+        self.records, self.sizes, self.seed, self.next = records, sizes, seed, first
+        self._orders: dict[str, tuple[int, Tensor]] = {}
+
+    def __len__(self) -> int:
+        """Steps of an iteration."""
+        name, first = next(iter(self.records.items()))
+        return -(-len(first) // self.sizes[name])
+
+    def positions(self, name: str, step: int) -> Tensor:
+        """Records of a set that are used in a step, over all processes."""
+        size, total = self.sizes[name], len(self.records[name])
+        found, place = [], step * size
+        while place < (step + 1) * size:
+            number, start = divmod(place, total)
+            if self._orders.get(name, (-1,))[0] != number:
+                draw = generator(self.seed, f"denoising-{name}", number)
+                self._orders[name] = number, torch.randperm(total, generator=draw)
+            part = self._orders[name][1][start : start + (step + 1) * size - place]
+            found.append(part)
+            place += len(part)
+        return torch.cat(found)
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Yield this process's share of the batches; a padded row has weight 0."""
+        rank, world = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for _ in range(len(self)):
+            step, self.next = self.next, self.next + 1
+            batch = {}
+            for name, records in self.records.items():
+                rows = self.positions(name, step)
+                padding = ~rows[:1].repeat(-len(rows) % world)
+                batch[name] = records[torch.cat([rows, padding])[rank::world].tolist()]
+            yield batch
+
+
+def spread(groups: Sequence[Sequence[str]], total: int) -> dict[tuple[int, int], int]:
+    """Share out pictures among words and their sentences, as evenly as the total allows.
+
+    Every word comes up before any comes up twice, and neighbouring words begin with different
+    sentences, so that few pictures still show all words and all sentences.
+
+    Args:
+        groups: per word its sentences.
+        total: pictures in all, at least 1.
+
+    Returns:
+        Pictures per (word, sentence), without those that get none.
+    """
+    counts: dict[tuple[int, int], int] = {}
+    for number in range(total):
+        turn, word = divmod(number, len(groups))
+        place = (word, (turn + word) % len(groups[word]))
+        counts[place] = counts.get(place, 0) + 1
+    return counts
+
+
+class Picture(NamedTuple):
+    """One picture that a model makes for its own records: which prompt, and its number."""
+
+    prompt: int
+    number: int
+
+
+def dealt(prompts: Sequence[str], count: int | Sequence[int]) -> list[Picture]:
+    """Pictures to make: `count` of each prompt, one number for all or one per prompt."""
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    return [
+        Picture(index, number)
+        for index, several in zip(range(len(prompts)), counts, strict=True)
+        for number in range(several)
+    ]
 
 
 @torch.no_grad()
 def trajectory_records(
     model: Any,
     prompts: Sequence[str],
-    target: Callable[[Tensor, Tensor, int], Tensor],
-    count: int,
+    target: Callable[..., Tensor],
+    count: int | Sequence[int],
     steps: int,
     guidance: float,
     seed: int,
     student: Sequence[str] | None = None,
-    batch_size: int = 64,
+    further: Sequence[str] | None = None,
+    batch_size: int | None = None,
 ) -> DenoisingRecords:
     """Sample with a frozen model and keep every step with the two predictions guidance made.
 
+    A distilled model (FLUX) has guidance as an input. It is 1 here for all predictions, and the
+    unconditional one is that for the empty text, which costs a pass of its own.
+
     Args:
         model: a `DiffusionGenerator`.
-        prompts: what is sampled, `count` trajectories each.
-        target: from (conditional, unconditional, index of the prompt) to the wanted output.
-        count: trajectories per prompt.
+        prompts: what is sampled.
+        target: from (conditional, unconditional, index of the prompt) to the wanted output; with
+            `further`, the prediction for the further text comes last.
+        count: trajectories per prompt, one number for all or one per prompt.
         steps: sampling steps.
         guidance: scale of the guidance that steers the trajectories.
         seed: of the starting noise.
         student: the prompts that the student is given, if others than those sampled.
-        batch_size: trajectories at a time.
+        further: one text per prompt whose prediction `target` needs besides.
+        batch_size: trajectories at a time; by default `LATENTS_AT_ONCE`.
 
     Returns:
-        ``len(prompts) * count * steps`` records in single precision on the CPU.
+        ``sum(count) * steps`` records in single precision on the CPU.
     """
     model.require_full_precision("sampling trajectories")
     table, empty = model.encode(list(prompts)), model.unconditional()
-    rows = [(index, number) for index in range(len(prompts)) for number in range(count)]
+    others = None if further is None else model.encode(list(further))
+    scale = 1.0 if model.distilled else guidance
     kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        which = torch.tensor([index for index, _ in part])
-        noise = torch.cat(
-            [model.noise([prompts[index]], 1, seed, first=number) for index, number in part]
-        )
+    passes = 0
+    for part in _parts(model, dealt(prompts, count), batch_size):
+        which = torch.tensor([picture.prompt for picture in part])
 
         def record(step: Any, which: Tensor = which) -> None:
+            nonlocal passes
+            plain, rows = step.unconditional, [step.conditional, step.unconditional]
+            if model.distilled:
+                plain = model.predict(step.noisy, step.time, _repeated(empty, len(which)))
+                rows[1] = plain
+            if others is not None:
+                rows.append(model.predict(step.noisy, step.time, others[which]))
+            passes += len(rows) * len(which)
             goal = torch.stack(
                 [
-                    target(one, other, int(index))
-                    for one, other, index in zip(
-                        step.conditional, step.unconditional, which, strict=True
-                    )
+                    target(*row[:2], int(index), *row[2:])
+                    for index, *row in zip(which, *rows, strict=True)
                 ]
             )
             kept.append(
                 (step.noisy.float().cpu(), step.time.float().cpu(), goal.float().cpu(), which)
             )
 
-        model.sample(noise, table[which], empty, steps=steps, guidance=guidance, record=record)
+        _sample(model, prompts, part, table[which], empty, steps, scale, seed, record)
     noisy, time, goal, which = (torch.cat(column) for column in zip(*kept, strict=True))
-    return DenoisingRecords(noisy, time, goal, which, student or prompts)
+    return DenoisingRecords(noisy, time, goal, which, student or prompts, passes)
+
+
+class MadePictures(NamedTuple):
+    """Pictures as latents, made by a model or encoded from given ones.
+
+    Attributes:
+        latents: (N, C, h, w) single precision, on the CPU.
+        which: (N,) int64, index of each picture's prompt.
+        prompts: texts.
+        passes: samples that went through the network.
+    """
+
+    latents: Tensor
+    which: Tensor
+    prompts: tuple[str, ...]
+    passes: int
+
+
+@torch.no_grad()
+def made_pictures(
+    model: Any,
+    prompts: Sequence[str],
+    count: int | Sequence[int],
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int | None = None,
+) -> MadePictures:
+    """Let a frozen model make pictures; they stay latents.
+
+    Args:
+        model: a `DiffusionGenerator`.
+        prompts: what is drawn.
+        count: pictures per prompt, one number for all or one per prompt.
+        steps: sampling steps.
+        guidance: guidance scale.
+        seed: of the starting noise.
+        batch_size: pictures at a time; by default `LATENTS_AT_ONCE`.
+    """
+    model.require_full_precision("making pictures")
+    table, empty = model.encode(list(prompts)), model.unconditional()
+    pictures = dealt(prompts, count)
+    made = []
+    for part in _parts(model, pictures, batch_size):
+        rows = table[torch.tensor([picture.prompt for picture in part])]
+        made.append(_sample(model, prompts, part, rows, empty, steps, guidance, seed).float().cpu())
+    guided = guidance > 1 and not model.distilled
+    return MadePictures(
+        torch.cat(made),
+        torch.tensor([picture.prompt for picture in pictures]),
+        tuple(prompts),
+        len(pictures) * steps * (2 if guided else 1),
+    )
+
+
+@torch.no_grad()
+def noised_records(
+    model: Any,
+    pictures: MadePictures,
+    times: int,
+    seed: int,
+    teacher: Sequence[str] | None = None,
+    student: Sequence[str] | None = None,
+    batch_size: int | None = None,
+) -> DenoisingRecords:
+    """Mix pictures with noise at random times.
+
+    Args:
+        model: a `DiffusionGenerator`.
+        pictures: see `made_pictures`.
+        times: records per picture.
+        seed: of times and noise.
+        teacher: one text per prompt, whose prediction by the frozen model is the wanted output;
+            None takes the truth, which is the noise or velocity that was mixed in.
+        student: one text per prompt that the student is given; by default the prompts themselves.
+        batch_size: records at a time; by default `LATENTS_AT_ONCE`.
+
+    Returns:
+        ``N * times`` records in single precision on the CPU.
+    """
+    table = None if teacher is None else model.encode(list(teacher))
+    device, dtype = next(model.network.parameters()).device, model.dtype_of_network
+    rows = [(row, k) for row in range(len(pictures.latents)) for k in range(times)]
+    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for part in _parts(model, rows, batch_size):
+        index = torch.tensor([row for row, _ in part])
+        draws = [
+            generator(seed, "noised", pictures.prompts[int(pictures.which[row])], row, k)
+            for row, k in part
+        ]
+        time = torch.cat([model.draw_times(1, draw) for draw in draws]).to(device)
+        latents = pictures.latents[index].to(device, dtype)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=draw) for draw in draws])
+        noise = noise.to(latents)
+        noisy, which = model.noised(latents, noise, time), pictures.which[index]
+        if table is None:
+            goal = model.target(latents, noise, time)
+        else:
+            goal = model.predict(noisy, time, table[which])
+        kept.append((noisy.float().cpu(), time.float().cpu(), goal.float().cpu(), which))
+    noisy, time, goal, which = (torch.cat(column) for column in zip(*kept, strict=True))
+    passes = 0 if table is None else len(rows)
+    return DenoisingRecords(noisy, time, goal, which, student or pictures.prompts, passes)
+
+
+def _parts(model: Any, rows: Sequence[Any], size: int | None) -> Iterator[Sequence[Any]]:
+    if not rows:
+        raise ConfigurationError("no picture is to be made; give at least one prompt and number")
+    _, height, width = model.latent_shape
+    size = size or min(64, max(1, LATENTS_AT_ONCE // (height * width)))
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def _sample(
+    model: Any,
+    prompts: Sequence[str],
+    part: Sequence[Picture],
+    embedding: PromptEmbedding,
+    empty: PromptEmbedding,
+    steps: int,
+    guidance: float,
+    seed: int,
+    record: Callable[[Any], None] | None = None,
+) -> Tensor:
+    noise = torch.cat([model.noise([prompts[p]], 1, seed, first=number) for p, number in part])
+    draws = [generator(seed, "sampler", prompts[p], number) for p, number in part]
+    found: Tensor = model.sample(
+        noise, embedding, empty, steps=steps, guidance=guidance, record=record, draws=draws
+    )
+    return found
+
+
+def _repeated(embedding: PromptEmbedding, count: int) -> PromptEmbedding:
+    rows: PromptEmbedding = embedding[torch.zeros(count, dtype=torch.long)]
+    return rows

@@ -227,6 +227,11 @@ def make_split(
         raise RequestError("no request was given; name the classes or samples to forget")
     owners = [f"request '{request.name}'" for request in requests]
     for request, owner in zip(requests, owners, strict=True):
+        if request.concepts:
+            raise RequestError(
+                f"{owner} names concepts, which labelled data does not have; name `classes` or "
+                "`samples`, or use `mmforget erase` for a text-to-image model"
+            )
         if request.classes and stages["train"].labels is None:
             raise RequestError(
                 f"{owner} names classes, but the data has no labels; name `samples` by id, "

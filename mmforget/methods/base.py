@@ -40,6 +40,8 @@ class ForgettingMethod(LightningModule):
         expects_change: False for the one control that leaves the model as it is.
         find_unused_parameters: whether `DistributedDataParallel` must look for unused parameters.
         saves_adapter: whether `save_adapter` can write the change of this request by itself.
+        edits_weights: False for a method whose result has the weights of the original and
+            something else besides, such as other guidance.
 
     Args:
         model: the trained model. It is left as it is until `finalize` if a copy is taken.
@@ -57,6 +59,7 @@ class ForgettingMethod(LightningModule):
     expects_change: ClassVar[bool] = True
     find_unused_parameters: ClassVar[bool] = False
     saves_adapter: ClassVar[bool] = False
+    edits_weights: ClassVar[bool] = True
 
     model: Any  # a Model that offers what the method `requires`, which no static type can say
     sample_passes: Tensor
@@ -184,7 +187,7 @@ class ForgettingMethod(LightningModule):
                     f"{type(self).__name__} ended with non-finite values in '{name}'; "
                     "lower the learning rate"
                 )
-        self.no_op = state_hash(model) == self._start_hash
+        self.no_op = self.edits_weights and state_hash(model) == self._start_hash
         if self.no_op and self.expects_change:
             logger.warning(
                 "%s changed no parameter: the result is the original model", type(self).__name__

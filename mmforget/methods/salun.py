@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmforget.data.access import DataAccess
-from mmforget.errors import ConfigurationError, NoOpError, suggest
 from mmforget.methods.base import OptimizerName, samples
 from mmforget.methods.random_labels import RandomLabels
+from mmforget.methods.saliency import (
+    Freeze,
+    MaskedTraining,
+    check_mask,
+    flat_gradients,
+    most_salient,
+)
 from mmforget.models.base import HasLogits, HasLoss, Model
 
 
-class SalUn(RandomLabels):
+class SalUn(MaskedTraining, RandomLabels):
     """`RandomLabels` in which the less salient weights stay as they are.
 
     Saliency is ``|sum_i grad L(x_i, y_i)|`` over the forget set at the original weights in eval
@@ -60,7 +65,7 @@ class SalUn(RandomLabels):
         resample: bool = True,
         forget_weight: float = 0.1,
         mask_fraction: float = 0.5,
-        freeze: Literal["strict", "grad_only"] = "strict",
+        freeze: Freeze = "strict",
     ) -> None:
         super().__init__(
             model,
@@ -75,27 +80,11 @@ class SalUn(RandomLabels):
             resample=resample,
             forget_weight=forget_weight,
         )
-        if not 0 < mask_fraction <= 1:
-            raise ConfigurationError(
-                f"`mask_fraction` is {mask_fraction}, it must be above 0 and at most 1"
-            )
-        if freeze not in ("strict", "grad_only"):
-            raise ConfigurationError(
-                f"`freeze` is '{freeze}', {suggest(freeze, ('strict', 'grad_only'))}"
-            )
+        check_mask(mask_fraction, freeze)
         self.mask_fraction, self.freeze_mode = mask_fraction, freeze
         size = sum(p.numel() for p in self._trained())
         # A buffer, so that a resumed run has it; all False means that it is not made yet.
         self.register_buffer("mask", torch.zeros(size, dtype=torch.bool))
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _masked(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every trained parameter with its part of the mask, in its shape."""
-        trained = self._trained()
-        parts = self.mask.split([p.numel() for p in trained])
-        return [(p, part.view_as(p)) for p, part in zip(trained, parts, strict=True)]
 
     def on_train_start(self) -> None:
         """Make the mask, once, at the original weights."""
@@ -111,51 +100,11 @@ class SalUn(RandomLabels):
         for batch in data.loader(data.subset("train", "forget")):
             moved = {k: v.to(self.device) for k, v in batch.items()}
             loss = (self.model.loss(moved) * moved["weight"]).sum()
-            found = torch.autograd.grad(loss, trained, allow_unused=True)
-            total += torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).reshape(-1).float()
-                    for p, g in zip(trained, found, strict=True)
-                ]
-            )
+            total += flat_gradients(loss, trained)
             self.spend(forget=samples(moved), backward=True)
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
-        saliency = total.abs()
-        if not saliency.any():
-            raise NoOpError(
-                "SalUn would change nothing: no weight has a gradient on the forget set; "
-                "check the forget set and which parameters are trainable"
-            )
-        below = len(saliency) - max(1, round(self.mask_fraction * len(saliency)))
-        if below == 0:
-            return torch.ones_like(self.mask)
-        return saliency > saliency.kthvalue(below).values
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the gradients."""
-        for parameter, part in self._masked():
-            if parameter.grad is not None:
-                parameter.grad.mul_(part)
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step; then, if strict, put frozen weights back and clear their optimizer state."""
-        kept = [p.detach().clone() for p in self._trained()]
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.freeze_mode == "grad_only":
-            return
-        with torch.no_grad():
-            for (parameter, part), old in zip(self._masked(), kept, strict=True):
-                parameter.copy_(torch.where(part, parameter, old))
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        value.mul_(part)
+        return most_salient(total, self.mask_fraction, "SalUn")
 
     def statistics(self) -> dict[str, Any]:
         """Share of the weights that were trained."""

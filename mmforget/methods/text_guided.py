@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -9,18 +10,25 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmforget import __version__
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.data.access import DataAccess
-from mmforget.data.base import GlobalBatchSampler, View
-from mmforget.data.denoising import DenoisingRecords
+from mmforget.data.base import View
+from mmforget.data.denoising import DenoisingRecords, RecordStream, spread
 from mmforget.errors import ConfigurationError
 from mmforget.methods.base import ForgettingMethod, GradientMethod, OptimizerName, joined
-from mmforget.models.base import Generates, Model, PromptEmbedding, Sites, TextConditioned
-from mmforget.models.weight_edit import WeightEdit
+from mmforget.models.base import (
+    Generates,
+    Model,
+    PromptEmbedding,
+    Sites,
+    TextConditioned,
+    state_hash,
+)
+from mmforget.models.weight_edit import WeightEdit, base_facts
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +78,18 @@ class ConceptMethod(ForgettingMethod):
             ]
         )
 
+    @property
+    def preserved(self) -> list[str]:
+        """What any of the concepts wants preserved, each text once."""
+        return list(dict.fromkeys(kept for concept in self.concepts for kept in concept.preserve))
+
     @abstractmethod
     def weight_edit(self) -> WeightEdit:
         """What `finalize` changed, as a thing of its own."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write `weight_edit` into a folder."""
+        self.weight_edit().save(folder)
 
     def statistics(self) -> dict[str, Any]:
         """The concepts."""
@@ -86,6 +103,10 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
     ``mean_forget |eps(x, t, c) - target|^2 + retain_weight * mean_retain |...|^2``, both means over
     all elements. Needs no data module: ``Trainer(max_steps=200).fit(method)``.
 
+    The trained weights and the optimizer work in single precision. If the rest of the network is in
+    half precision, which needs a GPU, passes run under autocast, and `finalize` returns the type
+    that was given.
+
     Args:
         model, concepts: see `ConceptMethod`.
         copy, seed, lr, weight_decay, optimizer: see `GradientMethod`. The learning rate falls to a
@@ -93,9 +114,12 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         batch_size: forget records per step, over all processes.
         retain_batch_size: retain records per step.
         retain_weight: weight of the retain loss, 0 or more.
+        clip: largest norm of a step's gradient, unless the trainer has a `gradient_clip_val`.
 
     Raises:
         ModelError: half precision on the CPU.
+
+    Note for subclasses: `trained` is called by this constructor, so set what it needs before.
     """
 
     requires: ClassVar[tuple[type, ...]] = (TextConditioned, Generates, Sites)
@@ -113,6 +137,7 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         batch_size: int = 4,
         retain_batch_size: int = 4,
         retain_weight: float = 1.0,
+        clip: float = 1.0,
     ) -> None:
         # GradientMethod's arguments are set here because the two bases take different ones.
         ConceptMethod.__init__(self, model, concepts, copy=copy, seed=seed)
@@ -120,27 +145,40 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         for name, value in (("batch_size", batch_size), ("retain_batch_size", retain_batch_size)):
             if value < 1:
                 raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
-        if retain_weight < 0:
+        if not retain_weight >= 0:
             raise ConfigurationError(f"`retain_weight` is {retain_weight}, it must be 0 or more")
+        if not clip > 0:
+            raise ConfigurationError(f"`clip` is {clip}, it must be positive")
         self.model.require_full_precision(f"{type(self).__name__}")
         self.lr, self.lr_min, self.weight_decay = lr, lr / 10, weight_decay
         self.optimizer_name, self.freeze_bn = optimizer, True
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
-        self.retain_weight = retain_weight
+        self.retain_weight, self.clip = retain_weight, clip
         self.records: dict[str, DenoisingRecords] = {}
         self._table: PromptEmbedding | None = None
-        self._before: dict[str, Tensor] = {}
+        self._base_hash = state_hash(self.model.network)
+        self._type: torch.dtype = self.model.dtype_of_network
         self.model.requires_grad_(False)
-        for parameter in self.trained():
-            parameter.requires_grad_(True)
-        names = {id(p): n for n, p in self.model.network.named_parameters()}
-        self._before = {names[id(p)]: p.detach().clone() for p in self.trained()}
+        trained = {id(parameter) for parameter in self.trained()}
+        self._names: list[str] = []
+        self.trained_parameters = 0
+        for name, parameter in self.model.network.named_parameters():
+            if id(parameter) in trained:
+                self._names.append(name)
+                self.trained_parameters += parameter.numel()
+                parameter.requires_grad_(True)
+                if self._half:
+                    parameter.data = parameter.data.float()
+
+    @property
+    def _half(self) -> bool:
+        return self._type in (torch.float16, torch.bfloat16)
 
     # ---- for subclasses -------------------------------------------------------------------------
 
     @abstractmethod
-    def trained(self) -> list[torch.nn.Parameter]:
-        """Parameters of the denoiser that are trained; never empty."""
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of the denoiser that are trained; never empty. Called once."""
 
     @abstractmethod
     def forget_records(self) -> DenoisingRecords:
@@ -150,13 +188,39 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
     def retain_records(self) -> DenoisingRecords | None:
         """What it shall go on answering to the rest; None without preserved concepts."""
 
+    def shared_out(self, total: int | None, least: int) -> dict[str, int]:
+        """Pictures per sentence with a preserved text, for `retain_records`.
+
+        Args:
+            total: pictures in all; None takes one per preserved text, and no less than `least`.
+            least: see above.
+        """
+        groups = {
+            kept: concept.prompts(kept) for concept in self.concepts for kept in concept.preserve
+        }
+        if not groups:
+            return {}
+        words, shares = list(groups.values()), dict[str, int]()
+        for (word, sentence), number in spread(words, total or max(least, len(words))).items():
+            text = words[word][sentence]
+            shares[text] = shares.get(text, 0) + number
+        return shares
+
     # ---- data -----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Make the records; the same on every process and after a resume."""
+        """Make the records; the same on every process and after a resume.
+
+        Lightning calls it before it loads a checkpoint, so that the model is still the frozen one,
+        but also before it moves the model to its device.
+        """
         if self.records:
             return
-        self.model.eval()
+        self.model.to(self.trainer.strategy.root_device).eval()
+        with self._autocast():
+            self._make_records()
+
+    def _make_records(self) -> None:
         records = {"forget": self.forget_records()}
         retained = self.retain_records() if self.retain_weight else None
         if retained is not None:
@@ -164,25 +228,17 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         with torch.no_grad():
             table = self.model.encode([p for r in records.values() for p in r.prompts])
         self.records, self._table = records, table
+        if self.global_rank == 0:  # every process makes them; the cost counts once
+            self.spend(*(part.passes for part in records.values()))
 
     def teardown(self, stage: str) -> None:
         """Nothing to lift: there is no data module."""
 
-    def train_dataloader(self) -> CombinedLoader:
-        """Pairs of batches; the shorter stream is cycled until the longer one ends."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of both sets; an epoch goes once through the forget records."""
         sizes = {"forget": self.batch_size, "retain": self.retain_batch_size}
-        epoch = int(self.trainer.fit_loop.epoch_progress.current.processed)
-        loaders = {
-            name: DataLoader(
-                records,
-                sampler=GlobalBatchSampler(
-                    records, sizes[name], True, self.seed, f"denoising-{name}", epoch
-                ),
-                batch_size=None,
-            )
-            for name, records in self.records.items()
-        }
-        return CombinedLoader(loaders, mode="max_size_cycle")
+        first = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return DataLoader(RecordStream(self.records, sizes, self.seed, first), batch_size=None)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -199,20 +255,22 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
             both, size = joined({"forget": batch["forget"], "retain": moved})
         else:
             both, size = dict(batch["forget"]), len(batch["forget"]["weight"])
-        device = both["noisy"].device
-        table = PromptEmbedding(
-            self._table.states.to(device, both["noisy"].dtype),
-            None
-            if self._table.pooled is None
-            else self._table.pooled.to(device, both["noisy"].dtype),
-        )
-        found = self.model.predict(both["noisy"], both["time"], table[both["prompt"]])
-        error = (found - both["target"]).square().flatten(1).mean(1)
+        table, like = self._table[both["prompt"].to(self._table.states.device)], both["noisy"]
+        pooled = None if table.pooled is None else table.pooled.to(like)
+        embedding = PromptEmbedding(table.states.to(like), pooled)
+        with self._autocast():
+            found = self.model.predict(both["noisy"], both["time"], embedding)
+        error = (found.to(both["target"]) - both["target"]).square().flatten(1).mean(1)
         weight = both["weight"].to(error)
         terms = {"forget": self.global_mean(error[:size], weight[:size])}
         if "retain" in batch:
             terms["retain"] = self.retain_weight * self.global_mean(error[size:], weight[size:])
         return terms
+
+    def _autocast(self) -> Any:
+        if not self._half:
+            return contextlib.nullcontext()
+        return torch.autocast(self.trainer.strategy.root_device.type, self._type)
 
     def count(self, batch: Any) -> None:
         """Count forward and backward passes of the step."""
@@ -229,16 +287,45 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         settings["lr_scheduler"] = {"scheduler": schedule, "interval": "step"}
         return settings
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the method's norm, unless the trainer has one."""
+        if gradient_clip_val is None:
+            gradient_clip_val, gradient_clip_algorithm = self.clip, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # ---- the end --------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """The concepts, and the number of trained parameters."""
+        return super().statistics() | {"trained_parameters": self.trained_parameters}
+
+    def metadata(self) -> dict[str, Any]:
+        """Where a weight edit comes from: base model, method, concepts and seed, as plain data."""
+        return {
+            **base_facts(self.model, self._base_hash),
+            "method": type(self).__name__,
+            "method_version": __version__,
+            "seed": self.seed,
+            **self.statistics(),
+        }
+
+    def edit(self) -> None:
+        """Give the trained parameters the type of the network again."""
+        if self._half:
+            for name in self._names:
+                parameter = self.model.network.get_parameter(name)
+                parameter.data = parameter.data.to(self._type)
 
     def weight_edit(self) -> WeightEdit:
         """The trained parameters, whole."""
-        now = dict(self.model.network.named_parameters())
+        network = self.model.network
         return WeightEdit(
             self.model.component,
-            tensors={name: now[name].detach().clone() for name in self._before},
+            tensors={name: network.get_parameter(name).detach().clone() for name in self._names},
+            metadata=self.metadata(),
         )
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write `weight_edit` into a folder."""
-        self.weight_edit().save(folder)  # type: ignore[attr-defined]

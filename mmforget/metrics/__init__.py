@@ -1,1 +1,15 @@
 """Metrics: functions of arrays, and `torchmetrics.Metric` classes on top of them."""
+
+from __future__ import annotations
+
+from mmforget._lazy import lazy_attributes
+
+_EXPORTS = {
+    "mmforget.metrics.clip": ("CLIPScore", "ConceptProbability"),
+    "mmforget.metrics.distribution": ("FeatureNetwork", "FrechetDistance", "KernelDistance"),
+    "mmforget.metrics.judge": ("ClassifierJudge", "ClipJudge", "ConceptRates", "load_judge"),
+    "mmforget.metrics.perceptual": ("LayerDistance", "PairedChange", "PerceptualDistance"),
+    "mmforget.metrics.vacuous": ("VacuousCheck",),
+}
+
+__getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)

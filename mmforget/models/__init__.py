@@ -5,8 +5,17 @@ from __future__ import annotations
 from mmforget._lazy import lazy_attributes
 
 _EXPORTS = {
-    "mmforget.models.base": ("Model", "Site", "state_hash"),
+    "mmforget.models.base": (
+        "Model",
+        "PromptEmbedding",
+        "Segment",
+        "Site",
+        "TextLayer",
+        "state_hash",
+    ),
     "mmforget.models.classifier": ("ImageClassifier", "load_classifier"),
+    "mmforget.models.diffusion": ("DiffusionGenerator", "load_generator"),
+    "mmforget.models.text_layers": ("Family",),
 }
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)

@@ -129,7 +129,7 @@ class PromptEmbedding:
     pooled: Tensor | None = None
 
     def __len__(self) -> int:
-        """Number of prompts."""
+        """Count the prompts."""
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> PromptEmbedding:
@@ -155,6 +155,10 @@ class TextConditioned(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbedding:
         """Return the embeddings; raise `RequestError` for a prompt that would be truncated."""
+        ...
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """Raise `RequestError` for a prompt that would be truncated, without any computing."""
         ...
 
     def unconditional(self) -> PromptEmbedding:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmforget.errors import (
     CapabilityError,
     ConfigurationError,
+    DataError,
+    DivergenceError,
     MissingFileError,
     ModelError,
     RequestError,
     WeightsError,
-    suggest,
 )
 from mmforget.models.base import (
     Batch,
@@ -32,7 +37,7 @@ from mmforget.models.base import (
     SiteKind,
     TextLayer,
 )
-from mmforget.models.text_layers import Family, chosen, family_of
+from mmforget.models.text_layers import Family, chosen, family_of, in_stages
 from mmforget.seeds import derive, generator
 
 logger = logging.getLogger(__name__)
@@ -46,6 +51,9 @@ PIPELINES = {
 """Supported pipelines and our short names for their ways of handling text and time."""
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+T5_TOKENIZERS = {"sd3": "tokenizer_3", "flux": "tokenizer_2"}
+"""Those whose limit is an argument of the pipeline, not a property of the encoder."""
+
 GUIDANCE_FILE = "mmforget_guidance.json"
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
@@ -71,7 +79,8 @@ class Guider(Protocol):
 
         Args:
             step: index of the sampling step, from 0.
-            conditional, unconditional: (B, C, H, W).
+            conditional: (B, C, H, W).
+            unconditional: (B, C, H, W).
             further: (K, B, C, H, W) predictions for the prompts of `prepare`.
             scale: guidance scale.
             state: kept from step to step, empty at the start.
@@ -90,7 +99,9 @@ class SamplingStep:
     Attributes:
         noisy: (B, C, H, W) network input, scaled as the network expects it.
         time: (B,) in the scheduler's units.
-        conditional, unconditional: (B, C, H, W) raw predictions; without guidance they are equal.
+        conditional: (B, C, H, W) raw prediction.
+        unconditional: (B, C, H, W) raw prediction for the empty text; for a distilled model it is
+            the conditional one again, since such models make no second prediction.
     """
 
     noisy: Tensor
@@ -104,7 +115,8 @@ class DiffusionGenerator(Model):
 
     `network` is the denoiser; text encoders and autoencoder are frozen companions. Pictures are
     made by a sampling loop of our own, which gives what the pipeline gives for the same noise, and
-    besides that records trajectories, takes other guidance and draws its noise per picture.
+    besides that records trajectories, takes other guidance and draws its noise per picture. The
+    pipeline's safety checker and watermark are left out: they would count as forgetting.
 
     Args:
         pipeline: a loaded pipeline. Its modules are used, not copied.
@@ -112,27 +124,34 @@ class DiffusionGenerator(Model):
         steps: sampling steps for `generate`.
         guidance: guidance scale for `generate`; at most 1 switches guidance off. For FLUX it is
             the embedded guidance of the distilled model.
+        size: side of the pictures in pixels; None takes the family's native one.
 
     Raises:
-        ModelError: no text-to-image pipeline of a supported family.
+        ModelError: no text-to-image pipeline of a supported family, or one that is incomplete or
+            has adapters loaded.
         CapabilityError: no layer of the denoiser reads text.
+        ConfigurationError: `steps` below 1, or a `size` that is no multiple of a patch.
 
     Shape:
         Latents are (B, C, h, w), also for FLUX, whose packing stays inside `predict`.
     """
 
     def __init__(
-        self, pipeline: Any, lr: float = 1e-4, steps: int = 20, guidance: float = 3.0
+        self,
+        pipeline: Any,
+        lr: float = 1e-4,
+        steps: int = 20,
+        guidance: float = 3.0,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         name = type(pipeline).__name__
         if name not in PIPELINES:
             raise ModelError(
-                f"`pipeline` is a {name}, which is no supported text-to-image pipeline; "
-                + suggest(name, PIPELINES)
+                f"`pipeline` is a {name}, which is no supported text-to-image pipeline; supported "
+                f"are {', '.join(PIPELINES)}"
             )
-        if steps < 1:
-            raise ConfigurationError(f"`steps` is {steps}, it must be at least 1")
+        _check_steps(steps)
         self.kind = PIPELINES[name]
         self.pipeline = pipeline
         component = "transformer" if self.kind in ("sd3", "flux") else "unet"
@@ -145,14 +164,26 @@ class DiffusionGenerator(Model):
         self.text_encoders = nn.ModuleDict({k: v for k, v in encoders.items() if v is not None})
         if not self.text_encoders:
             raise ModelError(f"the {name} has no text encoder, so that no prompt can be read")
+        if pipeline.vae is None:
+            raise ModelError(f"the {name} has no autoencoder (`vae`); load the whole pipeline")
         self.vae = pipeline.vae
         for part in (self.text_encoders, self.vae):
             part.requires_grad_(False)
-        self.lr, self.steps, self.guidance = lr, steps, guidance
+        self.lr, self.steps, self.guidance, self.size = lr, steps, guidance, size
         self.guider: Guider | None = None
         self.source = ""
-        chosen(self.family.text_layers(network), network)
+        patch = pipeline.vae_scale_factor * self._patch
+        if size is not None and (size < patch or size % patch):
+            raise ConfigurationError(f"`size` is {size}, it must be a multiple of {patch} pixels")
+        self.text_layers()
         self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the denoiser; the dropout of a frozen T5 would blur the prompts."""
+        super().train(mode)
+        self.text_encoders.eval()
+        self.vae.eval()
+        return self
 
     # ---- what the family is -------------------------------------------------------------------
 
@@ -180,26 +211,53 @@ class DiffusionGenerator(Model):
 
     @property
     def distilled(self) -> bool:
-        """Whether guidance is an input of the network instead of a second pass (FLUX)."""
-        return self.kind == "flux"
+        """Whether guidance is an input of the network instead of a second pass (FLUX, LCM)."""
+        return self.kind == "flux" or self._guidance_width is not None
+
+    @property
+    def _guidance_width(self) -> int | None:
+        """Width of the embedded guidance of a distilled UNet."""
+        return getattr(self.network.config, "time_cond_proj_dim", None)
+
+    @property
+    def _patch(self) -> int:
+        """Side of the squares of latents that enter the network as one."""
+        if self.family.packed:
+            return 2
+        return int(self.network.config.patch_size) if self.kind == "sd3" else 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture in the family's native size."""
-        config = self.network.config  # type: ignore[union-attr]
+        """(C, h, w) of the latents of one picture.
+
+        Raises:
+            ModelError: the denoiser needs more than latents and a prompt, as for inpainting.
+        """
+        config = self.network.config
         channels = config.in_channels // 4 if self.family.packed else config.in_channels
+        made = self.vae.config.latent_channels
+        if channels != made:
+            raise ModelError(
+                f"the denoiser takes {channels} channels, but the autoencoder makes {made}; "
+                "pictures need a text-to-image pipeline, others take closed-form methods only"
+            )
         # FLUX has no size of its own; its pipeline's default is 128 latents, 1024 pixels.
         size = getattr(config, "sample_size", None) or self.pipeline.default_sample_size
+        if self.size is not None:
+            size = self.size // self.pipeline.vae_scale_factor
         height, width = (size, size) if isinstance(size, int) else size
         return channels, height, width
 
     @property
     def dtype_of_network(self) -> torch.dtype:
         """Floating type of the denoiser's weights."""
-        return next(self.network.parameters()).dtype
+        return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
 
     def require_full_precision(self, what: str) -> None:
         """Refuse half precision on the CPU, where many operations lack it or are very slow.
+
+        Args:
+            what: is asked for, for the message.
 
         Raises:
             ModelError: says how to change it.
@@ -215,30 +273,36 @@ class DiffusionGenerator(Model):
     # ---- text -----------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbedding:
-        """Embed prompts as the pipeline does.
+        """Embed prompts as the pipeline does, in the precision of the denoiser.
+
+        Args:
+            prompts: texts, at least one.
 
         Raises:
             RequestError: a prompt is longer than a text encoder reads; nothing is truncated.
         """
-        texts = list(prompts)
-        self.check_length(texts)
-        device = next(self.network.parameters()).device
-        pipe = self.pipeline
+        self.check_length(prompts)
+        texts, pooled = list(prompts), None
+        device, pipe = next(self.network.parameters()).device, self.pipeline
         if self.kind == "sd":
             states, _ = pipe.encode_prompt(texts, device, 1, False)
-            return PromptEmbedding(states)
-        if self.kind == "sdxl":
+        elif self.kind == "sdxl":
             states, _, pooled, _ = pipe.encode_prompt(
                 texts, device=device, do_classifier_free_guidance=False
             )
-            return PromptEmbedding(states, pooled)
-        if self.kind == "sd3":
+        elif self.kind == "sd3":
             states, _, pooled, _ = pipe.encode_prompt(
                 texts, None, None, device=device, do_classifier_free_guidance=False
             )
-            return PromptEmbedding(states, pooled)
-        states, pooled, _ = pipe.encode_prompt(texts, None, device=device)
-        return PromptEmbedding(states, pooled)
+        else:
+            states, pooled, _ = pipe.encode_prompt(texts, None, device=device)
+        return self._cast(PromptEmbedding(states, pooled))
+
+    def _cast(self, embedding: PromptEmbedding) -> PromptEmbedding:
+        dtype, pooled = self.dtype_of_network, embedding.pooled
+        return PromptEmbedding(
+            embedding.states.to(dtype), None if pooled is None else pooled.to(dtype)
+        )
 
     def unconditional(self) -> PromptEmbedding:
         """One row: what guidance leads away from. The empty text, but zeros for SDXL."""
@@ -251,35 +315,50 @@ class DiffusionGenerator(Model):
     def _tokenizers(self) -> list[tuple[Any, int]]:
         """Tokenizers that are in use, each with the longest prompt it takes."""
         pipe, found = self.pipeline, []
-        for key in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        for key, encoder in zip(
+            ("tokenizer", "tokenizer_2", "tokenizer_3"), TEXT_ENCODERS, strict=True
+        ):
             tokenizer = getattr(pipe, key, None)
-            if tokenizer is None:
+            if tokenizer is None or encoder not in self.text_encoders:
                 continue
-            limit = tokenizer.model_max_length
-            if (self.kind, key) == ("sd3", "tokenizer_3") or (self.kind, key) == ("flux", "tokenizer_2"):
+            if T5_TOKENIZERS.get(self.kind) == key:
                 limit = _default_of(pipe.encode_prompt, "max_sequence_length")
-            elif self.kind in ("sd3", "flux"):
+            elif self.kind in T5_TOKENIZERS:
                 limit = pipe.tokenizer_max_length
+            else:
+                limit = tokenizer.model_max_length
             found.append((tokenizer, int(limit)))
         return found
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Refuse prompts of which an encoder would only read the beginning.
 
+        Args:
+            prompts: texts.
+
         Raises:
-            RequestError: names the prompt and both lengths.
+            RequestError: names the prompt and both lengths; or `prompts` is no list of texts.
         """
+        texts = _texts(prompts)
         for tokenizer, limit in self._tokenizers():
-            for prompt in prompts:
-                length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-                if length > limit:
+            rows = tokenizer(texts, truncation=False, verbose=False).input_ids
+            for prompt, row in zip(texts, rows, strict=True):
+                if len(row) > limit:
                     raise RequestError(
-                        f"the prompt '{prompt[:60]}{'…' if len(prompt) > 60 else ''}' has {length} "
-                        f"tokens, the text encoder reads {limit}; shorten it"
+                        f"the prompt '{prompt[:60]}{'…' if len(prompt) > 60 else ''}' has "
+                        f"{len(row)} tokens, the text encoder reads {limit}; shorten it"
                     )
 
     def segments(self, prompts: Sequence[str]) -> list[Segment]:
-        """Which positions of the token states belong to which tokens, tokenizer by tokenizer."""
+        """Which positions of the token states belong to which tokens, tokenizer by tokenizer.
+
+        Args:
+            prompts: texts, at least one.
+
+        Raises:
+            RequestError: see `check_length`.
+        """
+        self.check_length(prompts)
         pairs = self._tokenizers()
         if self.kind in ("sd", "sdxl"):
             pairs = pairs[:1]  # SDXL joins its two encoders feature by feature
@@ -290,10 +369,8 @@ class DiffusionGenerator(Model):
             pairs = pairs[1:]  # FLUX takes its states from T5 alone
         found, start = [], 0
         for tokenizer, limit in pairs:
-            rows = tokenizer(
-                list(prompts), padding="max_length", max_length=limit, truncation=True
-            ).input_ids
-            plain = tokenizer(list(prompts), add_special_tokens=False, verbose=False).input_ids
+            rows = tokenizer(list(prompts), padding="max_length", max_length=limit).input_ids
+            plain = tokenizer(list(prompts), add_special_tokens=False).input_ids
             begin = len(tokenizer("", add_special_tokens=True).input_ids) - 1
             ids = torch.tensor(rows)
             content = torch.zeros(ids.shape, dtype=torch.bool)
@@ -304,23 +381,32 @@ class DiffusionGenerator(Model):
         return found
 
     def text_layers(self) -> list[TextLayer]:
-        """Layers whose input is a function of the prompt alone, in forward order."""
+        """Layers whose input is a function of the prompt alone, in forward order.
+
+        Raises:
+            CapabilityError: there is none.
+            ModelError: their weights cannot be edited, see `mmforget.models.text_layers.chosen`.
+        """
         self._refuse_adapters()
         return chosen(self.family.text_layers(self.network), self.network)
 
     def _refuse_adapters(self) -> None:
-        if getattr(self.network, "peft_config", None):
-            raise ModelError(
-                "the denoiser has LoRA adapters loaded "
-                f"({', '.join(self.network.peft_config)}); "  # type: ignore[union-attr]
-                "fuse or unload them first (`pipe.fuse_lora()`, `pipe.unload_lora_weights()`)"
-            )
+        for part in (self.network, *self.text_encoders.values()):
+            adapters = getattr(part, "peft_config", None)
+            if adapters:
+                raise ModelError(
+                    f"the pipeline has LoRA adapters loaded ({', '.join(adapters)}); take them out "
+                    "by `pipe.unload_lora_weights()`, after `pipe.fuse_lora()` to keep their effect"
+                )
 
     def sites(self, kind: SiteKind) -> list[Site]:
         """Layers of the denoiser by function; see `mmforget.models.base.Sites`.
 
         ``cross_attention`` are the projections between text and picture, ``text_reading`` the
         closed-form sites, ``all`` every linear and convolutional layer.
+
+        Args:
+            kind: which layers.
 
         Raises:
             CapabilityError: there is none.
@@ -336,7 +422,7 @@ class DiffusionGenerator(Model):
         else:
             sites = [
                 Site(name, module, name.rpartition(".")[0])
-                for name, module in self.network.named_modules()
+                for name, module in in_stages(self.network.named_modules())
                 if isinstance(module, nn.Linear | nn.Conv2d) and _plays(name, kind)
             ]
         if not sites:
@@ -354,7 +440,7 @@ class DiffusionGenerator(Model):
         embedding: PromptEmbedding,
         guidance: float = 1.0,
     ) -> Tensor:
-        """Raw output of the denoiser: noise, velocity or flow.
+        """Raw output of the denoiser: noise, velocity or flow, in the denoiser's precision.
 
         Args:
             noisy: (B, C, h, w) network input (see `SamplingStep`).
@@ -362,6 +448,7 @@ class DiffusionGenerator(Model):
             embedding: of B prompts.
             guidance: embedded guidance of a distilled model; 1.0 is the neutral value.
         """
+        noisy, embedding = noisy.to(self.dtype_of_network), self._cast(embedding)
         time = time.to(noisy.device).expand(len(noisy))
         if self.kind == "flux":
             return self._predict_flux(noisy, time, embedding, guidance)
@@ -384,6 +471,11 @@ class DiffusionGenerator(Model):
                 "text_embeds": embedding.pooled,
                 "time_ids": numbers.repeat(len(noisy), 1),
             }
+        if self._guidance_width is not None:
+            weight = torch.full((len(noisy),), guidance - 1.0)
+            further["timestep_cond"] = self.pipeline.get_guidance_scale_embedding(
+                weight, embedding_dim=self._guidance_width
+            ).to(noisy)
         return cast(
             Tensor,
             self.network(
@@ -400,7 +492,7 @@ class DiffusionGenerator(Model):
     ) -> Tensor:
         pipe, (batch, channels, height, width) = self.pipeline, noisy.shape
         embedded = None
-        if self.network.config.guidance_embeds:  # type: ignore[union-attr]
+        if self.network.config.guidance_embeds:
             embedded = torch.full((batch,), guidance, device=noisy.device, dtype=torch.float32)
         found = self.network(
             hidden_states=pipe._pack_latents(noisy, batch, channels, height, width),
@@ -431,12 +523,24 @@ class DiffusionGenerator(Model):
         return signal.sqrt(), (1 - signal).sqrt()
 
     def noised(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Mix (B, C, h, w) latents with noise at times (B,), scaled as a network input."""
+        """Mix latents with noise, scaled as a network input.
+
+        Args:
+            latents: (B, C, h, w).
+            noise: (B, C, h, w) standard normal.
+            time: (B,) in the scheduler's units, whole numbers except for flow.
+        """
         signal, level = self._levels(time, latents)
         return signal * latents + level * noise
 
     def target(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What a perfect network predicts for `noised(latents, noise, time)`."""
+        """What a perfect network predicts for `noised(latents, noise, time)`.
+
+        Args:
+            latents: (B, C, h, w).
+            noise: (B, C, h, w) standard normal.
+            time: (B,) in the scheduler's units, whole numbers except for flow.
+        """
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "flow":
@@ -445,7 +549,12 @@ class DiffusionGenerator(Model):
         return signal * noise - level * latents
 
     def draw_times(self, count: int, draw: torch.Generator) -> Tensor:
-        """(count,) training times, uniform over the noise levels."""
+        """Draw (count,) training times, uniform over the noise levels.
+
+        Args:
+            count: how many.
+            draw: generator, on the CPU.
+        """
         if self.prediction == "flow":
             return (torch.rand(count, generator=draw) * 999 + 1).float()
         steps = self.pipeline.scheduler.config.num_train_timesteps
@@ -455,24 +564,67 @@ class DiffusionGenerator(Model):
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
-        """Encode (B, 3, H, W) images in [0, 1]; the mean of the posterior, without a draw."""
-        config = self.vae.config
-        posterior = self.vae.encode(images.to(self.vae.dtype) * 2 - 1)
-        mean = posterior.latent_dist.mean if hasattr(posterior, "latent_dist") else posterior[0]
-        shift = getattr(config, "shift_factor", None) or 0.0
-        return cast(Tensor, (mean - shift) * config.scaling_factor)
+        """Encode images; the mean of the posterior, without a draw.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, C, h, w) in the precision of the denoiser.
+        """
+        with self._full_autoencoder():
+            mean = self.vae.encode(images.to(self.vae.dtype) * 2 - 1).latent_dist.mean
+        shift, spread = self._normalisation(mean)
+        latents = (mean - shift) * self.vae.config.scaling_factor / spread
+        return cast(Tensor, latents.to(self.dtype_of_network))
 
     def to_images(self, latents: Tensor) -> Tensor:
-        """Decode (B, C, h, w) latents to (B, 3, H, W) in [0, 1]."""
-        config = self.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        decoded = self.vae.decode(latents / config.scaling_factor + shift, return_dict=False)[0]
+        """Decode latents.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            (B, 3, H, W) in [0, 1], in the precision of the autoencoder.
+        """
+        shift, spread = self._normalisation(latents)
+        plain = latents * spread / self.vae.config.scaling_factor + shift
+        with self._full_autoencoder():
+            decoded = self.vae.decode(plain.to(self.vae.dtype), return_dict=False)[0]
         return cast(Tensor, (decoded / 2 + 0.5).clamp(0, 1))
+
+    def _normalisation(self, like: Tensor) -> tuple[Any, Any]:
+        """Shift and spread of the autoencoder's latents, where the family has them."""
+        config = self.vae.config
+        if self.kind == "sdxl" and getattr(config, "latents_mean", None) is not None:
+            mean, spread = (
+                torch.tensor(values).to(like)[:, None, None]
+                for values in (config.latents_mean, config.latents_std)
+            )
+            return mean, spread
+        shift = getattr(config, "shift_factor", None) if self.kind in ("sd3", "flux") else None
+        return shift or 0.0, 1.0
+
+    @contextlib.contextmanager
+    def _full_autoencoder(self) -> Iterator[None]:
+        """Single precision for an autoencoder that says that it overflows in half precision."""
+        narrow = self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
+        if not narrow or self.kind != "sdxl":
+            yield
+            return
+        self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.vae.to(torch.float16)
 
     def noise(self, prompts: Sequence[str], n: int, seed: int, first: int = 0) -> Tensor:
         """Starting noise (len(prompts) * n, C, h, w), drawn per picture on the CPU.
 
         Args:
+            prompts: texts.
+            n: pictures per prompt.
+            seed: base of the draws.
             first: number of the first picture of each prompt.
         """
         rows = [
@@ -497,44 +649,63 @@ class DiffusionGenerator(Model):
         """Make pictures.
 
         Args:
-            condition: prompts.
-            n: pictures per prompt.
+            condition: prompts, at least one. Equal ones get equal pictures, which are made once.
+            n: pictures per prompt, at least 1.
             seed: each picture depends on seed, prompt and its number only.
-            steps, guidance: by default those of the constructor.
-            batch_size: pictures at a time.
-            progress: called with the number of pictures done after every batch.
+            steps: sampling steps, by default those of the constructor.
+            guidance: guidance scale, by default that of the constructor.
+            batch_size: pictures at a time, at least 1.
+            progress: called with the number of pictures made so far after every batch.
 
         Returns:
             (len(condition) * n, 3, H, W) float32 in [0, 1], on the CPU.
 
         Raises:
-            RequestError: a prompt is too long.
+            RequestError: no prompts, or a prompt is too long.
+            ConfigurationError: a number below 1.
             ModelError: half precision on the CPU.
+            DivergenceError: a picture is not finite.
         """
-        if isinstance(condition, str):
-            raise RequestError(f"`condition` is the text '{condition}', give a list of prompts")
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            if value < 1:
+                raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+        prompts = _texts(condition)
         self.require_full_precision("`generate`")
-        prompts = list(condition)
         distinct = list(dict.fromkeys(prompts))
-        table = self.encode(distinct)
+        self.check_length(distinct)
         empty = self.unconditional()
-        rows = [(distinct.index(p), p, number) for p in prompts for number in range(n)]
-        made = []
+        rows = [(p, number) for p in distinct for number in range(n)]
+        made: list[Tensor] = []
+        table: dict[str, PromptEmbedding] = {}
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            noise = torch.cat([self.noise([p], 1, seed, first=number) for _, p, number in part])
+            needed = list(dict.fromkeys(p for p, _ in part))
+            new = [p for p in needed if p not in table]
+            # Pictures come prompt by prompt, so that what is not needed now never will be again.
+            table = {p: table[p] for p in needed if p in table}
+            if new:
+                found = self.encode(new)
+                table |= {p: found[row : row + 1] for row, p in enumerate(new)}
             latents = self.sample(
-                noise,
-                table[torch.tensor([index for index, _, _ in part])],
+                torch.cat([self.noise([p], 1, seed, first=number) for p, number in part]),
+                PromptEmbedding.cat([table[p] for p, _ in part]),
                 empty,
                 steps=steps,
                 guidance=guidance,
-                draws=[generator(seed, "sampler", p, number) for _, p, number in part],
+                draws=[generator(seed, "sampler", p, number) for p, number in part],
             )
+            if not bool(latents.isfinite().all()):
+                raise DivergenceError(
+                    f"the pictures for '{part[0][0][:60]}' are not finite; if the model is in half "
+                    "precision, load it with `torch_dtype=torch.float32`, else it is damaged"
+                )
             made.append(self.to_images(latents).float().cpu())
             if progress is not None:
                 progress(start + len(part))
-        return torch.cat(made)
+        images, place = torch.cat(made), {p: n * row for row, p in enumerate(distinct)}
+        if len(distinct) == len(prompts):
+            return images
+        return images[[place[p] + number for p in prompts for number in range(n)]]
 
     def sample(
         self,
@@ -553,21 +724,34 @@ class DiffusionGenerator(Model):
             noise: (B, C, h, w) standard normal; with `start`, latents at that step's noise level.
             embedding: of B prompts.
             empty: `unconditional`, one row.
-            steps, guidance: by default those of the constructor.
+            steps: sampling steps, by default those of the constructor.
+            guidance: guidance scale, by default that of the constructor.
             record: receives every step.
-            draws: one generator per picture, for samplers that add noise.
+            draws: one generator per picture, for samplers that add noise; without them such
+                samplers take the global one.
             start: index of the first step.
 
         Returns:
             (B, C, h, w) latents.
+
+        Raises:
+            ConfigurationError: fewer than 1 step, or a `guider` without guidance to change.
         """
         steps = self.steps if steps is None else steps
         scale = self.guidance if guidance is None else guidance
         scheduler, times = self.schedule(steps, noise)
         rows = torch.zeros(len(noise), dtype=torch.long, device=empty.states.device)
         unconditional = empty[rows]
-        further = self.guider.prepare(self) if self.guider is not None else None
         guided = scale > 1 and not self.distilled
+        further = None
+        if self.guider is not None:
+            if not guided:
+                raise ConfigurationError(
+                    f"{type(self.guider).__name__} changes classifier-free guidance, but there is "
+                    + ("none in a distilled model" if self.distilled else f"none at {scale:g}")
+                    + "; use `guidance` above 1 and a model that is not distilled"
+                )
+            further = self.guider.prepare(self)
         latents = noise if start else noise * getattr(scheduler, "init_noise_sigma", 1.0)
         state: dict[str, Tensor] = {}
         extra: dict[str, Any] = {}
@@ -587,8 +771,7 @@ class DiffusionGenerator(Model):
             if record is not None:
                 record(SamplingStep(scaled, time.expand(len(scaled)), conditional, plain))
             found = conditional
-            if further is not None and guided:
-                assert self.guider is not None
+            if self.guider is not None and further is not None:
                 more = torch.stack(
                     [self.predict(scaled, time, further[rows + k]) for k in range(len(further))]
                 )
@@ -599,21 +782,24 @@ class DiffusionGenerator(Model):
         return latents
 
     def schedule(self, steps: int, latents: Tensor) -> tuple[Any, Tensor]:
-        """A scheduler of its own, prepared for `steps` steps, and its times."""
+        """A scheduler of its own, prepared for sampling, and its times.
+
+        Args:
+            steps: sampling steps, at least 1.
+            latents: (B, C, h, w); device and size matter.
+        """
+        _check_steps(steps)
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        device, settings = latents.device, {}
+        device, settings = latents.device, dict[str, Any]()
         if self.kind in ("sd3", "flux"):
-            side = 2 if self.family.packed else self.network.config.patch_size  # type: ignore[union-attr]
-            tokens = (latents.shape[-2] // side) * (latents.shape[-1] // side)
+            tokens = (latents.shape[-2] // self._patch) * (latents.shape[-1] // self._patch)
             if scheduler.config.get("use_dynamic_shifting", None):
                 settings["mu"] = _shift_of(scheduler.config, tokens, self.kind)
             if self.kind == "flux" and not scheduler.config.get("use_flow_sigmas", False):
-                grid = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64)
-                settings["sigmas"] = grid.tolist()
-        if "sigmas" in settings:
-            scheduler.set_timesteps(device=device, **settings)
-        else:
-            scheduler.set_timesteps(steps, device=device, **settings)
+                settings["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        if "sigmas" not in settings:
+            settings["num_inference_steps"] = steps
+        scheduler.set_timesteps(device=device, **settings)
         return scheduler, scheduler.timesteps
 
     # ---- training -------------------------------------------------------------------------------
@@ -624,10 +810,19 @@ class DiffusionGenerator(Model):
         Args:
             batch: ``image`` (B, 3, H, W) in [0, 1], ``caption`` (list of B texts), ``id`` (B,),
                 which keys the draws together with `current_epoch`.
+            features: not used; a denoiser has none.
 
         Returns:
             (B,) losses.
+
+        Raises:
+            DataError: a batch without captions.
         """
+        if "caption" not in batch:
+            raise DataError(
+                f"{type(self).__name__} learns from captioned images, the batch has only "
+                f"{', '.join(batch)}; add `caption`, a list of texts"
+            )
         latents = self.to_latents(batch["image"])
         keys = [int(i) for i in batch["id"]]
         draws = [generator(derive(0, "loss", self.current_epoch), "noise", k) for k in keys]
@@ -654,26 +849,35 @@ class DiffusionGenerator(Model):
 
         Guidance that is no part of the weights goes into `GUIDANCE_FILE`; only `load_generator`
         knows about that file.
+
+        Args:
+            folder: an existing, empty folder.
         """
-        self.pipeline.save_pretrained(folder, safe_serialization=True)
+        with _captured():
+            self.pipeline.save_pretrained(folder, safe_serialization=True)
         if self.guider is not None:
             text = json.dumps(self.guider.to_dict(), indent=1, ensure_ascii=False)
             (Path(folder) / GUIDANCE_FILE).write_text(text + "\n", encoding="utf-8")
 
     def fresh(self, seed: int) -> Self:
-        """The same architecture with a newly drawn denoiser; text encoders stay."""
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        network = type(self.network).from_config(self.network.config)  # type: ignore[attr-defined]
-        torch.set_rng_state(state)
-        parts = {k: v for k, v in self.pipeline.components.items() if k != self.component}
-        parts = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in parts.items()}
-        extra = {"requires_safety_checker": False} if self.kind == "sd" else {}
-        network = network.to(next(self.network.parameters()).device)
+        """The same architecture with a newly drawn denoiser; text encoders stay, guidance goes.
+
+        Args:
+            seed: decides the weights; the global random generator is left as it is.
+        """
+        with torch.random.fork_rng(devices=[]):  # networks are built on the CPU
+            torch.default_generator.manual_seed(derive(seed, "fresh"))
+            network = type(self.network).from_config(self.network.config)
+        network.to(next(self.network.parameters()).device)
         if network.dtype != self.dtype_of_network:
-            network = network.to(self.dtype_of_network)
-        pipeline = type(self.pipeline)(**parts, **{self.component: network}, **extra)
-        return type(self)(pipeline, self.lr, self.steps, self.guidance)
+            network.to(self.dtype_of_network)
+        # Everything else is copied; the trainer stays with this model.
+        kept: dict[int, Any] = {id(self.network): network, id(self.guider): None}
+        if self._trainer is not None:
+            kept[id(self._trainer)] = None
+        model = copy.deepcopy(self, kept)
+        model.source = ""
+        return model.eval()
 
 
 def load_generator(
@@ -681,6 +885,7 @@ def load_generator(
     torch_dtype: torch.dtype = torch.float32,
     steps: int = 20,
     guidance: float = 3.0,
+    size: int | None = None,
     **settings: Any,
 ) -> DiffusionGenerator:
     """Load a text-to-image pipeline.
@@ -688,44 +893,53 @@ def load_generator(
     Args:
         source: local diffusers folder, or hub id.
         torch_dtype: precision of the weights.
-        steps, guidance: see `DiffusionGenerator`.
+        steps: see `DiffusionGenerator`.
+        guidance: see `DiffusionGenerator`.
+        size: see `DiffusionGenerator`.
         settings: further arguments of `DiffusionPipeline.from_pretrained`, such as ``variant``.
 
     Raises:
-        MissingFileError: a local path that is no diffusers folder.
+        MissingFileError: a local path that is no diffusers folder, or an unreachable hub id.
         ModelError: another kind of pipeline.
-        WeightsError: broken weights, or weights in a format that can execute code.
+        WeightsError: broken or missing weights, or weights in a format that can execute code.
     """
     from diffusers import DiffusionPipeline
 
     path = Path(source).expanduser()
     local = path.exists() or str(source).startswith((".", "/", "~"))
-    if local and not (path / "model_index.json").is_file():
-        raise MissingFileError(
-            f"'{source}' is no diffusers pipeline (it has no model_index.json); give a folder "
-            "written by `pipe.save_pretrained`, or a hub id"
-        )
     if local:
-        name = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        name = _class_of(path, source)
         if name not in PIPELINES:
             raise ModelError(
                 f"'{source}' holds a {name}, which is no supported text-to-image pipeline; "
-                + suggest(name, PIPELINES)
+                f"supported are {', '.join(PIPELINES)}"
             )
+    said: list[str] = []
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(path) if local else str(source),
-            torch_dtype=torch_dtype,
-            use_safetensors=True,
-            **settings,
-        )
+        with _captured() as said:
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(path) if local else str(source),
+                torch_dtype=torch_dtype,
+                use_safetensors=True,
+                **settings,
+            )
     except Exception as error:  # the libraries raise many kinds for broken files
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _fault(said) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not local:
+            raise MissingFileError(
+                f"'{source}' is neither a folder nor a pipeline that can be had from the hub "
+                f"({_short(reason)}); check the name and the connection"
+            ) from error
         raise WeightsError(
-            f"the pipeline '{source}' cannot be loaded: {first}; check that its files are complete "
-            "and in safetensors format"
+            f"the pipeline '{source}' cannot be loaded ({_short(reason)}); check that its files "
+            "are complete and in safetensors format"
         ) from error
-    model = DiffusionGenerator(pipeline, steps=steps, guidance=guidance)
+    if fault := _fault(said):
+        # diffusers and transformers draw missing weights at random, and only warn.
+        raise WeightsError(
+            f"the pipeline '{source}' is not complete ({_short(fault)}); download or save it again"
+        )
+    model = DiffusionGenerator(pipeline, steps=steps, guidance=guidance, size=size)
     model.source = str(source)
     file = path / GUIDANCE_FILE
     if local and file.is_file():
@@ -733,6 +947,88 @@ def load_generator(
 
         model.guider = load_guidance(json.loads(file.read_text(encoding="utf-8")))
     return model
+
+
+def _class_of(folder: Path, source: str | Path) -> str:
+    """Name of the pipeline in a local folder."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise MissingFileError(
+            f"'{source}' is no diffusers pipeline (it has no model_index.json); give a folder "
+            "written by `pipe.save_pretrained`, or a hub id"
+        )
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"'{index}' is damaged, it names no pipeline; download or save it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[list[str]]:
+    """Take what diffusers and transformers print while they load or save, instead of showing it."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            # On a terminal, transformers colours its reports.
+            texts.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
+
+    texts: list[str] = []
+    listener = Listener(logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)
+        for library in (diffusers, transformers):
+            tools: Any = library.utils.logging
+            logger = logging.getLogger(library.__name__)
+            stack.callback(setattr, logger, "handlers", logger.handlers)
+            stack.callback(setattr, logger, "propagate", logger.propagate)
+            stack.callback(logger.setLevel, logger.level)
+            logger.handlers, logger.propagate = [listener], False
+            logger.setLevel(logging.WARNING)
+            if getattr(tools, "_tqdm_active", True):
+                stack.callback(tools.enable_progress_bar)
+                tools.disable_progress_bar()
+        yield texts
+    for text in texts:
+        logging.getLogger(__name__).debug("%s", text)
+
+
+def _fault(said: Sequence[str]) -> str | None:
+    """The first weight that does not come from the files, by what the libraries said."""
+    for text in said:
+        new = re.search(r"newly initialized[^\[]*\[(.+?)\]", text, re.DOTALL)
+        if new:
+            return f"missing are {new[1]}"
+        row = re.search(r"^(\S+)\s*\| (MISSING|MISMATCH)\b", text, re.MULTILINE)
+        if row:
+            return f"'{row[1]}' is missing or has another shape"
+    return None
+
+
+def _short(reason: str) -> str:
+    first = re.split(r"(?<=\S)\.\s", reason + " ")[0].strip().rstrip(".")
+    return first if len(first) <= 200 else first[:200] + "…"
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ConfigurationError(f"`steps` is {steps}, it must be at least 1")
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    if isinstance(prompts, str):
+        raise RequestError(f"prompts are given as the text '{prompts[:60]}'; give a list of texts")
+    texts = list(prompts)
+    if not texts:
+        raise RequestError("the list of prompts is empty; give at least one")
+    for text in texts:
+        if not isinstance(text, str):
+            raise RequestError(f"the prompt {text!r} is no text; put it into quotes")
+    return texts
 
 
 def _plays(name: str, kind: SiteKind) -> bool:

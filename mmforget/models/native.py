@@ -569,8 +569,12 @@ def weights_file(folder: Path) -> Path:
     raise MissingFileError(f"'{folder}' has no {WEIGHTS_FILE}; check that the copy is complete")
 
 
-def hub_folder(name: str) -> Path:
+def hub_folder(name: str, files: Sequence[str] = ("*.json", WEIGHTS_FILE)) -> Path:
     """Download the configuration and weights of a hub repository, or find them in the cache.
+
+    Args:
+        name: ``owner/name``.
+        files: patterns of the files that are needed.
 
     Raises:
         MissingFileError: there is no such repository, or no connection.
@@ -579,7 +583,7 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS_FILE]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise MissingFileError(
             f"'{name}' is neither a file, a folder nor a reachable hub id "

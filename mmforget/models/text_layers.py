@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmforget.errors import CapabilityError, ModelError
 from mmforget.models.base import Site, TextLayer
@@ -37,10 +37,18 @@ class Family:
 def family_of(network: nn.Module) -> Family:
     """Look up the family of a denoiser.
 
+    Args:
+        network: UNet or transformer of a pipeline.
+
     Raises:
         ModelError: nobody has told us where text enters it; `FAMILIES` can be extended.
     """
     name = type(network).__name__
+    if hasattr(network, "_orig_mod"):
+        raise ModelError(
+            f"the denoiser is compiled ({name}); give the pipeline before `torch.compile`, and "
+            "compile what comes back"
+        )
     for family in FAMILIES:
         if family.denoiser == name and (family.name != "SDXL" or _is_sdxl(network)):
             return family
@@ -52,17 +60,48 @@ def family_of(network: nn.Module) -> Family:
 
 
 def chosen(layers: list[TextLayer], network: nn.Module) -> list[TextLayer]:
-    """Refuse an empty selection.
+    """Refuse an empty selection, and layers whose weights cannot be edited.
+
+    Args:
+        layers: what a family's `text_layers` found.
+        network: the denoiser, for the message.
 
     Raises:
         CapabilityError: no layer reads text.
+        ModelError: quantised or offloaded weights.
     """
     if not layers:
         raise CapabilityError(
             f"{type(network).__name__} has no layer that reads text; "
             "only text-to-image pipelines can forget concepts named in text"
         )
+    for layer in layers:
+        weight = layer.module.weight
+        if weight.is_meta:
+            raise ModelError(
+                f"the weights of '{layer.name}' are offloaded; load the pipeline without "
+                "`enable_sequential_cpu_offload` or `device_map`"
+            )
+        if type(weight.data) is not Tensor or not weight.is_floating_point():
+            raise ModelError(
+                f"the weights of '{layer.name}' are quantised ({type(layer.module).__name__}, "
+                f"{weight.dtype}); load the pipeline without quantisation"
+            )
     return layers
+
+
+_STAGES = {"time_embedding": 0, "add_embedding": 0, "conv_in": 0, "mid_block": 2, "up_blocks": 3}
+"""UNets register their middle last of all blocks; stages not named here come between 0 and 2."""
+_LAST = {"conv_norm_out": 4, "conv_out": 4}
+
+
+def in_stages(modules: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Sort named modules of a denoiser by the stage of its forward pass that they belong to.
+
+    Args:
+        modules: qualified names and modules, as from `named_modules`.
+    """
+    return sorted(modules, key=lambda pair: (_STAGES | _LAST).get(pair[0].partition(".")[0], 1))
 
 
 def _is_sdxl(network: Any) -> bool:
@@ -80,12 +119,14 @@ def _cross_attentions(network: Any) -> Iterator[tuple[str, Any]]:
     """
     widths = network.config.cross_attention_dim
     widths = {widths} if isinstance(widths, int) else set(widths)
-    for name, module in network.named_modules():
+    for name, module in in_stages(network.named_modules()):
         if getattr(module, "is_cross_attention", False) and module.to_k.in_features in widths:
             yield name, module
 
 
 def _unet_text_layers(network: Any) -> list[TextLayer]:
+    if getattr(network.config, "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise ModelError("the UNet has an IP-Adapter; take it out by `pipe.unload_ip_adapter()`")
     if getattr(network.config, "encoder_hid_dim_type", None) is not None:
         raise ModelError(
             f"the UNet projects its text first (`encoder_hid_dim_type="
@@ -101,7 +142,7 @@ def _unet_text_layers(network: Any) -> list[TextLayer]:
         layer = network.add_embedding.linear_1
         # The pooled text comes first, then six numbers about the picture's size.
         text = layer.in_features - 6 * network.config.addition_time_embed_dim
-        found.append(TextLayer("add_embedding.linear_1", layer, "pooled", text))
+        found.insert(0, TextLayer("add_embedding.linear_1", layer, "pooled", text))
     return found
 
 
@@ -119,8 +160,8 @@ def _unet_cross_attention(network: Any) -> list[Site]:
 def _joint_text_layers(network: Any) -> list[TextLayer]:
     found = []
     for name, reads in (
-        ("context_embedder", "states"),
         ("time_text_embed.text_embedder.linear_1", "pooled"),
+        ("context_embedder", "states"),
     ):
         layer = network.get_submodule(name)
         found.append(TextLayer(name, layer, reads, layer.in_features))  # type: ignore[arg-type]

@@ -17,11 +17,14 @@ from mmforget.audit.results import Family, MetricResult, ModelEntry, Results
 from mmforget.report.words import (
     DIRECTIONS,
     FAMILIES,
+    GROUPS,
     METRICS,
+    PROMPTS,
     ROLES,
     SPLIT_ROLES,
     STAGES,
     UNITS,
+    is_generator,
 )
 
 MISSING = "–"
@@ -103,7 +106,12 @@ def meaning_of(row: MetricResult) -> str:
 
 
 def split_text(split: str) -> str:
-    """``test_forget`` or ``test/forget`` as ``forget · test``."""
+    """``test_forget`` or ``test/forget`` as ``forget · test``; ``target/seven`` in words."""
+    prompts, slash, word = split.partition("/")
+    if slash and prompts in PROMPTS:
+        return f"{PROMPTS[prompts]} “{word}”"
+    if split in GROUPS:
+        return GROUPS[split]
     stage, _, role = split.replace("/", "_").partition("_")
     if stage in STAGES and role in SPLIT_ROLES:
         return f"{SPLIT_ROLES[role]} · {STAGES[stage]}"
@@ -142,11 +150,24 @@ def ids_text(ids: Sequence[int]) -> str:
 
 
 def request_text(request: Mapping[str, Any], results: Results | None = None) -> str:
-    """What one request asked: class names, or sample ids as count and hash. Never its reason."""
+    """What one request asked, never its reason; sample ids as count and hash."""
+    if request.get("concepts"):
+        return "; ".join(concept_text(concept) for concept in request["concepts"])
     if request.get("samples"):
         return ids_text(request["samples"])
     names = [class_name(results, key) if results else str(key) for key in request["classes"]]
     return f"{'class' if len(names) == 1 else 'classes'} {', '.join(names)}"
+
+
+def concept_text(concept: Mapping[str, Any]) -> str:
+    """One erased concept with its synonyms, what it becomes, and what must stay."""
+    text = f"{concept['kind']} “{concept['target']}”"
+    for key, word in (("synonyms", "also"), ("preserve", "keep")):
+        if concept.get(key):
+            text += f", {word} " + ", ".join(f"“{value}”" for value in concept[key])
+    if concept.get("anchor"):
+        text += f", to become “{concept['anchor']}”"
+    return text
 
 
 # ---- the table of metrics -----------------------------------------------------------------------
@@ -309,8 +330,9 @@ def failures_of(results: Results) -> list[str]:
 def notes_of(results: Results) -> list[str]:
     """Notes of the metrics, equal ones joined."""
     notes: dict[str, list[str]] = {}
+    drawn = is_generator(results)
     for row in results.metrics:
-        if row.note and row.value is not None:
+        if row.note and row.value is not None and not (drawn and len(row.note) <= SHORT_NOTE):
             name = f"{title_of(row.metric)}" + (f" ({split_text(row.split)})" if row.split else "")
             models = notes.setdefault(f"{name}: {row.note}", [])
             models.append(row.model)
@@ -321,6 +343,13 @@ def reading(results: Results) -> str:
     """How to read the table of measurements."""
     methods = sorted({row.ci_method for row in results.metrics if row.ci_method})
     intervals = f"95 % intervals ({'; '.join(methods)})" if methods else "95 % intervals"
+    if is_generator(results):
+        return (
+            f"Small numbers are {intervals}. All models draw the same prompts from the same noise, "
+            "except the control with other seeds, which shows how much chance alone changes. The "
+            "negative prompt is the original model told to avoid what was to be erased: what "
+            "anybody can have without any method."
+        )
     return (
         f"Small numbers are {intervals}. z is the distance to the retrained models in their "
         "standard deviations, or in the smallest difference that counts if that is more; “there” "
@@ -351,15 +380,11 @@ def key_figures(results: Results) -> list[Figure]:
     if len(unlearned) != 1:
         return []
     figures = []
-    for split, title in (
-        ("test_forget", "Accuracy on forgotten data"),
-        ("test_retain", "Accuracy on retained data"),
-        ("test_previous", "Accuracy on earlier forgotten data"),
-    ):
+    for metric, split, title in _read_first(results):
         rows = {
             row.model: row
             for row in results.metrics
-            if (row.metric, row.split) == ("accuracy", split) and row.value is not None
+            if (row.metric, row.split) == (metric, split) and row.value is not None
         }
         own = rows.get(unlearned[0].name)
         if own is None or own.value is None:
@@ -372,6 +397,22 @@ def key_figures(results: Results) -> list[Figure]:
                 texts.append(f"{role} {percent(statistics.fmean(known))}")
         figures.append(Figure(title, percent(own.value), " · ".join(texts)))
     return figures
+
+
+def _read_first(results: Results) -> list[tuple[str, str, str]]:
+    """Metric, split and title of the key figures."""
+    if not is_generator(results):
+        return [
+            ("accuracy", "test_forget", "Accuracy on forgotten data"),
+            ("accuracy", "test_retain", "Accuracy on retained data"),
+            ("accuracy", "test_previous", "Accuracy on earlier forgotten data"),
+        ]
+    words = [c["target"] for request in results.requests for c in request.get("concepts", [])]
+    return [
+        *(("target_rate", f"target/{word}", f"Pictures that show “{word}”") for word in words[:3]),
+        ("preserved_rate", "preserved", "Preserved concepts drawn right"),
+        ("preserved_worst", "preserved", "Worst preserved concept"),
+    ]
 
 
 def sequence_rows(results: Results) -> list[tuple[str, list[str]]]:
@@ -457,6 +498,12 @@ def request_facts(results: Results) -> list[tuple[str, str]]:
         for row in results.requests
     ]
     sizes = results.data.get("sizes", {})
+    if is_generator(results):
+        drawn = ", ".join(
+            f"{split_text(split)}{'' if '/' in split else ':'} {number(size)}"
+            for split, size in sizes.items()
+        )
+        return [*facts, ("pictures of each model", drawn)]
     samples = ", ".join(
         f"{split_text(split)} {number(size)}" for split, size in sizes.items() if size
     )

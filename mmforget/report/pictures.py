@@ -344,3 +344,36 @@ def prediction_rows(found: Sequence[Picture]) -> list[list[str]]:
         [picture.label, *(f"{name} ({share})" for _, _, name, share, _ in picture.predictions)]
         for picture in found
     ]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pictures of one prompt by several models: (model, role, base64 PNG), equal seeds in columns.
+
+    Attributes:
+        prompt: what was asked for.
+        count: pictures per strip.
+        images: one strip per model.
+    """
+
+    prompt: str
+    count: int
+    images: tuple[tuple[str, str, str], ...]
+
+
+def strips(results: Results, kind: str) -> list[Strip]:
+    """Rows of pictures of one kind: original first, then unlearned models, then controls."""
+    order = {entry.name: number for number, entry in enumerate(results.models)}
+    roles = {entry.name: entry.role for entry in results.models}
+    return [
+        Strip(
+            example["prompt"] or "(no prompt)",
+            example["count"],
+            tuple(
+                (name, roles[name], image)
+                for name, image in sorted(example["images"].items(), key=lambda i: order[i[0]])
+            ),
+        )
+        for example in results.examples
+        if example["kind"] == kind and "images" in example
+    ]

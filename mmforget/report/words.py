@@ -16,11 +16,20 @@ ANSWERS_ONLY = ("Forgotten in its answers, not shown inside", "≈")
 """A model that answers as asked while a check of its inside, or of privacy, failed."""
 
 
+PICTURES_ONLY = ("Forgotten in its pictures, but not every check holds", "≈")
+"""A generator that no longer draws it when asked, while an attack or a required value failed."""
+
+
+def is_generator(results: Results) -> bool:
+    """Whether the audit was one of pictures that the models draw."""
+    return bool(results.data.get("kind") == "generator")
+
+
 def headline(results: Results) -> tuple[str, str, str]:
     """Label, sign and style of the verdict; green only if every check holds."""
     outcome = results.verdict.outcome
     if outcome == "forgotten" and any(check.passed is False for check in results.checks):
-        return (*ANSWERS_ONLY, "damaged")
+        return (*(PICTURES_ONLY if is_generator(results) else ANSWERS_ONLY), "damaged")
     return (*OUTCOMES[outcome], outcome)
 
 
@@ -41,6 +50,7 @@ ROLES: dict[Role, str] = {
 FAMILIES: dict[Family, str] = {
     "forgetting": "Forgetting: does it still know what was to go?",
     "utility": "Utility: does the rest still work?",
+    "generation": "Pictures: how have they changed?",
     "privacy": "Privacy: can one tell what it was trained on?",
     "representation": "Representation: is the knowledge still inside?",
     "relearning": "Relearning: does it come back quickly?",
@@ -64,6 +74,27 @@ SPLIT_ROLES = {
     "all": "all",
     "missing": "missing classes",
 }
+
+PROMPTS = {
+    "target": "prompts with",
+    "synonym": "prompts with the synonym",
+    "together": "other sentences with",
+    "preserved": "prompts with",
+    "unconditional": "no prompt,",
+}
+"""Splits of generator audits: ``role/word``."""
+GROUPS = {
+    "target": "all prompts with what was erased",
+    "preserved": "all preserved concepts",
+    "unconditional": "no prompt",
+}
+"""Splits of generator audits that hold several words."""
+EXAMPLES = {
+    "target": "What was erased, before and after",
+    "preserved": "What must stay, before and after",
+    "unconditional": "Without a prompt",
+}
+"""Kinds of pictures in generator audits."""
 
 UNITS = {"seconds": "s", "passes": ""}
 """Units that are printed otherwise than they are written; `passes` are named by the metric."""
@@ -201,6 +232,82 @@ METRICS: dict[str, tuple[str, str]] = {
         "Retained accuracy after relearning, last layer",
         "What the attack costs on the rest.",
     ),
+    "target_rate": (
+        "Target rate",
+        "Share of pictures in which the judge sees what was erased. Its own words, synonyms and "
+        "sentences that name other things too are measured separately.",
+    ),
+    "unconditional_rate": (
+        "Target rate without prompt",
+        "How often it appears when nothing is asked for; a method need not change that.",
+    ),
+    "erasure_h_mean": (
+        "H-mean of erasure",
+        "One number for all aims: the harmonic mean of what is gone for the target, what is gone "
+        "for its synonyms, and what is right for the preserved concepts.",
+    ),
+    "preserved_rate": (
+        "Preserved rate",
+        "Share of pictures of a preserved concept in which the judge sees it.",
+    ),
+    "preserved_worst": (
+        "Worst preserved concept",
+        "The lowest of these rates: a mean hides a ruined neighbour.",
+    ),
+    "preserved_drop": (
+        "Preserved drop",
+        "What was lost against the original model, over all preserved concepts at equal seeds.",
+    ),
+    "preserved_worst_drop": (
+        "Worst drop",
+        "What the preserved concept that suffered most has lost.",
+    ),
+    "other_facts_rate": (
+        "Rest of the prompt",
+        "When the prompt names the target and other things, how often these are still right.",
+    ),
+    "clip_score": (
+        "CLIP score",
+        "How well pictures fit their prompts, by another network: 0 is not at all. For what was "
+        "erased it should fall, for the rest it should stay.",
+    ),
+    "kid_to_original": (
+        "Kernel distance to the original (KID)",
+        "How far the pictures as a set are from those of the original model. It scatters around 0 "
+        "for equal sets; the control with other seeds shows by how much.",
+    ),
+    "paired_change": (
+        "Paired change",
+        "How much each picture differs from the original model's at the same seed. Wanted high for "
+        "what was erased and low for the rest.",
+    ),
+    "empty_pictures": (
+        "Empty pictures",
+        "Share of pictures that show nothing at all: they would pass for erased.",
+    ),
+    "attack_concept_inversion": (
+        "Under concept inversion",
+        "Share of pictures that show it again when an attacker learns one new word from a few "
+        "pictures of it. If it is high, the concept was hidden and not removed.",
+    ),
+    "attack_prompts": (
+        "Under other words",
+        "Share of pictures that some misspelling, translation or rewording brings back.",
+    ),
+    "attack_adversarial_prompt": (
+        "Under a searched prompt",
+        "Share of pictures that come back when an attacker with the weights searches for words.",
+    ),
+    "attack_sdedit": (
+        "From a half-finished picture",
+        "Share of pictures that show it when the model only finishes a noisy picture of it. Some "
+        "of that comes from the picture and says nothing about the model.",
+    ),
+    "attack_latent_inversion": (
+        "From the noise of a picture",
+        "Share of pictures that show it when drawn from the noise that a picture of it comes from.",
+    ),
+    "edit_bytes": ("Size of the edit", "What must be passed on to repeat the erasure."),
     "seconds": ("Time", "Wall-clock time of the method alone, without any evaluation."),
     "sample_passes": (
         "Sample passes",

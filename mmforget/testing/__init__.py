@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from mmforget._lazy import lazy_attributes
 
-_EXPORTS = {"mmforget.testing.conformance": ("MethodChecks", "check_method", "check_model")}
+_EXPORTS = {
+    "mmforget.testing.conformance": ("MethodChecks", "check_method", "check_model"),
+    "mmforget.testing.tiny_pipelines": ("tiny_pipeline",),
+    "mmforget.testing.word_tokenizer": ("word_tokenizer",),
+}
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)

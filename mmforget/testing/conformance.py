@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -30,16 +30,25 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from mmforget.data.base import ForgetDataModule, ImageDataset
-from mmforget.errors import AccessError, CapabilityError, DivergenceError, MMForgetError
+from mmforget.errors import (
+    AccessError,
+    CapabilityError,
+    DivergenceError,
+    MMForgetError,
+    RequestError,
+)
 from mmforget.methods.base import ForgettingMethod, StatisticsMethod
 from mmforget.models.base import (
     Batch,
+    Generates,
     HasFeatures,
     HasHead,
     HasLogits,
     HasLoss,
     Model,
+    SiteKind,
     Sites,
+    TextConditioned,
     state_hash,
 )
 from mmforget.models.classifier import load_classifier
@@ -165,6 +174,24 @@ class MethodChecks:
     def batch(self, role: Literal["forget", "retain"]) -> dict[str, Tensor]:
         """All test samples of a role."""
         return whole(self.make_data().subset("test", role))
+
+    # ---- for subclasses -------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> dict[str, Any]:
+        """Trainer settings of a run whose result does not depend on the number of processes.
+
+        It holds every kind of step, and batches that must be padded.
+        """
+        return {"precision": "64-true", "max_epochs": 1}
+
+    def killed(self, path: Path) -> Callback:
+        """Saves a checkpoint when about half of a run is done, and ends the run soon after."""
+        return _SaveAndKill(path)
+
+    def poison(self) -> Callback:
+        """Makes the input of the second batch NaN."""
+        return _Poison("image")
 
     # ---- checks ---------------------------------------------------------------------------------
 
@@ -304,7 +331,7 @@ class MethodChecks:
         check_saved(run.result, self.batch("retain"), self.load, self.name)
 
     def check_resume(self) -> None:
-        """A run killed between two epochs, and resumed, ends with the bits of an unbroken one."""
+        """A run that is killed and resumed ends with the bits of an unbroken one."""
         if self.plain.method.view is None:
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +340,7 @@ class MethodChecks:
                 self.fit(
                     self.make(self.make_model()),
                     enable_checkpointing=True,
-                    callbacks=[_SaveAndKill(saved)],
+                    callbacks=[self.killed(saved)],
                 )
             method = self.make(self.make_model())
             self.fit(method, checkpoint=saved)
@@ -331,10 +358,8 @@ class MethodChecks:
         """Two processes give the weights of one, in double precision but for rounding."""
         if self.plain.method.view is None:
             return
-        # An epoch holds every kind of step, and its last batches are padded.
-        exact: dict[str, Any] = {"precision": "64-true", "max_epochs": 1}
-        one = self.forget(self.make_model(), **exact)
-        two = self.forget(self.make_model(), **exact, devices=2, strategy="ddp_fork")
+        one = self.forget(self.make_model(), **self.exact)
+        two = self.forget(self.make_model(), **self.exact, devices=2, strategy="ddp_fork")
         for name, found in one.result.state_dict().items():
             # The weights come back from forked processes in single precision.
             value, other = found.double(), two.result.state_dict()[name].double()
@@ -356,7 +381,7 @@ class MethodChecks:
         if method.view is None:
             return
         try:
-            self.fit(method, callbacks=[_Poison()])
+            self.fit(method, callbacks=[self.poison()])
         except DivergenceError as error:
             _require(
                 "step" in str(error) and self.name in str(error),
@@ -398,7 +423,8 @@ def check_model(
 
     Args:
         model: in eval mode.
-        batch: at least 3 samples.
+        batch: at least 3 samples; with ``caption``, a list of different texts, for models that
+            read text.
         load: loads what `save_native` wrote.
         rebuilds: whether `fresh` must work; False for a network that was given as an object.
 
@@ -437,8 +463,13 @@ def check_model(
     if isinstance(model, HasLoss):
         _check_loss(model, batch)
     if isinstance(model, Sites):
-        for kind in ("ffn", "attention", "all"):
-            _check_sites(model, kind)  # type: ignore[arg-type]
+        reads_text = isinstance(model, TextConditioned)
+        for kind in get_args(SiteKind) if reads_text else ("ffn", "attention", "all"):
+            _check_sites(model, kind)
+    if isinstance(model, TextConditioned):
+        _check_text(model, batch["caption"][:3])
+    if isinstance(model, Generates):
+        _check_pictures(model, batch["caption"][:3])
     _require(
         state_hash(copy.deepcopy(model)) == before, f"a deep copy of {name} differs from the model"
     )
@@ -497,7 +528,89 @@ def _check_loss(model: Any, batch: Batch) -> None:
             )
 
 
-def _check_sites(model: Any, kind: Literal["ffn", "attention", "all"]) -> None:
+@torch.no_grad()
+def _check_text(model: Any, prompts: list[str]) -> None:
+    name, layers = type(model).__name__, model.text_layers()
+    _require(bool(layers), f"{name}.text_layers is empty instead of raising CapabilityError")
+    together, reads = model.encode(prompts), {"states": model.encode(prompts).states}
+    if together.pooled is not None:
+        reads["pooled"] = together.pooled
+    for layer in layers:
+        _require(
+            model.network.get_submodule(layer.name) is layer.module,
+            f"{name}.text_layers gives another layer than the one named '{layer.name}'",
+        )
+        _require(
+            layer.reads in reads and layer.columns == reads[layer.reads].shape[-1],
+            f"{name}.text_layers says that '{layer.name}' reads {layer.columns} columns of "
+            f"`{layer.reads}`, which `encode` does not return",
+        )
+    for row, prompt in enumerate(prompts):
+        single = model.encode([prompt])
+        for part in reads:
+            _require(
+                torch.allclose(getattr(single, part)[0], reads[part][row], rtol=1e-3, atol=1e-4),
+                f"{name}.encode of a prompt depends on the other prompts of its batch",
+            )
+    _require(len(model.unconditional()) == 1, f"{name}.unconditional returns more than one row")
+    length = reads["states"].shape[1]
+    for segment in model.segments(prompts):
+        _require(
+            segment.ids.shape == segment.content.shape
+            and len(segment.ids) == len(prompts)
+            and segment.start + segment.ids.shape[1] <= length,
+            f"{name}.segments describes positions that the states of `encode` do not have",
+        )
+        _require(
+            bool(segment.content.any(1).all())
+            and not bool(segment.content[:, : segment.begin].any()),
+            f"{name}.segments does not mark the tokens of the texts as `content`",
+        )
+    try:
+        model.encode([" ".join([prompts[0]] * 1000)])
+    except RequestError as error:
+        _require("\n" not in str(error), f"{name}.encode refuses a long prompt in several lines")
+    else:
+        raise AssertionError(f"{name}.encode truncates a prompt of thousands of words silently")
+
+
+@torch.no_grad()
+def _check_pictures(model: Any, conditions: list[str]) -> None:
+    name = type(model).__name__
+    torch.manual_seed(1)
+    images = model.generate(conditions, 2, 0)
+    _require(
+        images.ndim == 4 and images.shape[:2] == (2 * len(conditions), 3),
+        f"{name}.generate returns {tuple(images.shape)} for {len(conditions)} conditions and 2 "
+        "pictures each instead of (len(condition) * n, 3, H, W)",
+    )
+    _require(
+        bool(((images >= 0) & (images <= 1)).all()),
+        f"{name}.generate returns values outside [0, 1]",
+    )
+    torch.manual_seed(2)
+    _require(
+        torch.equal(model.generate(conditions, 2, 0), images),
+        f"{name}.generate gives other pictures with the same seed",
+    )
+    for what, one, other in (
+        ("seed", model.generate(conditions, 1, 1), images[::2]),
+        ("number", images[1::2], images[::2]),
+        ("condition", images.roll(2, 0), images),
+    ):
+        _require(
+            not torch.allclose(one, other, atol=1e-3),
+            f"{name}.generate makes the same pictures whatever the {what} is",
+        )
+    alone = model.generate(conditions[1:2], 1, 0)[0]
+    _require(
+        torch.allclose(alone, images[2], rtol=1e-2, atol=1e-3),
+        f"{name}.generate of a condition depends on the other conditions or on the number of "
+        "pictures",
+    )
+
+
+def _check_sites(model: Any, kind: SiteKind) -> None:
     name = type(model).__name__
     try:
         sites = model.sites(kind)
@@ -538,9 +651,11 @@ def _check_fresh(model: Model) -> None:
         list(one.state_dict()) == list(model.state_dict()),
         f"{name}.fresh builds other parameters than those of the model",
     )
+    # Frozen companions of the network, such as text encoders, stay.
+    pairs = zip(one.network.named_parameters(), model.network.parameters(), strict=True)
     inherited = [
         key
-        for (key, new), old in zip(one.named_parameters(), model.parameters(), strict=True)
+        for (key, new), old in pairs
         if torch.equal(new, old) and bool((old != old.reshape(-1)[0]).any())
     ]
     _require(not inherited, f"{name}.fresh inherits trained weights of the model: {inherited[:3]}")
@@ -603,28 +718,51 @@ class _KilledError(Exception):
 
 
 class _SaveAndKill(Checkpoint):
-    """Saves after the first epoch and ends the run at the start of the second, if there is one."""
+    """Saves after the first epoch and ends the run at the start of the second, if there is one.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the checkpoint.
+        step: save after this step instead, and end the run at the one after the next.
+    """
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Called by Lightning, after the method's own hook."""
+        if self.step is not None and trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Called by Lightning."""
+        if self.step is not None and trainer.global_step == self.step + 1:
+            raise _KilledError
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Called by Lightning, after the method's own hook."""
-        trainer.save_checkpoint(self.path)
+        if self.step is None:
+            trainer.save_checkpoint(self.path)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Called by Lightning."""
-        if trainer.current_epoch == 1:
+        if self.step is None and trainer.current_epoch == 1:
             raise _KilledError
 
 
 class _Poison(Callback):
-    """Makes the images of the second batch NaN."""
+    """Makes the input of the second batch NaN.
+
+    Args:
+        key: of the input in a batch.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Mapping[str, Any], batch_idx: int
     ) -> None:
         """Called by Lightning."""
         if batch_idx == 1:
-            for part in batch.values() if "image" not in batch else (batch,):
-                part["image"].fill_(float("nan"))
+            for part in batch.values() if self.key not in batch else (batch,):
+                part[self.key].fill_(float("nan"))

@@ -11,10 +11,11 @@ from mmforget.testing.word_tokenizer import word_tokenizer
 
 TinyKind = Literal["sd", "sd2", "sdxl", "sd3", "sd35", "flux"]
 
-WORDS = """
+_TEXT = """
 a an the of in on and with photo picture image drawing painting style art by person street
 red blue cat dog horse house tree car van gogh monet picasso church banana
-""".split()
+"""
+WORDS = tuple(_TEXT.split())
 LENGTH = 16
 
 
@@ -69,12 +70,12 @@ def _clip(width: int, projection: bool = False) -> Any:
 
 
 def _t5() -> tuple[Any, Any]:
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS]
     pieces += [(character, -5.0) for character in "▁abcdefghijklmnopqrstuvwxyz0123456789.,-'"]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
     config = T5Config(
         vocab_size=len(pieces),
         d_model=32,
@@ -91,7 +92,7 @@ def _t5() -> tuple[Any, Any]:
 def _vae(channels: int, shift: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -101,13 +102,14 @@ def _vae(channels: int, shift: float | None = None) -> Any:
         sample_size=16,
         shift_factor=shift,
         scaling_factor=0.5,
-    ).eval()
+    )
+    return vae.eval()
 
 
 def _unet(**settings: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         **{
             "sample_size": 8,
             "block_out_channels": (16, 32),
@@ -118,7 +120,8 @@ def _unet(**settings: Any) -> Any:
             "attention_head_dim": 2,
         }
         | settings
-    ).eval()
+    )
+    return unet.eval()
 
 
 def _stable_diffusion(prediction: str) -> Any:
@@ -173,22 +176,23 @@ def _sd3(dual: bool) -> Any:
     )
 
     encoder, tokenizer = _t5()
+    transformer: Any = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,) if dual else (),
+        qk_norm="rms_norm" if dual else None,
+    )
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=32,
-            caption_projection_dim=32,
-            pooled_projection_dim=32,
-            pos_embed_max_size=8,
-            dual_attention_layers=(0,) if dual else (),
-            qk_norm="rms_norm" if dual else None,
-        ).eval(),
+        transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(4, shift=0.1),
         text_encoder=_clip(16, projection=True),
@@ -204,19 +208,20 @@ def _flux() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     encoder, tokenizer = _t5()
-    pipeline = FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True,
-        ).eval(),
+    transformer: Any = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    pipeline: Any = FluxPipeline(
+        transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=_vae(4, shift=0.1),
         text_encoder=_clip(32),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
+
+from mmforget.errors import ConfigurationError
 
 _CHARACTERS = string.ascii_lowercase + string.digits + ".,-'+!?"
 _END = "</w>"
@@ -18,8 +20,11 @@ def word_tokenizer(words: Sequence[str], length: int) -> Any:
     Other words are split into characters, or into pieces that happen to be words.
 
     Args:
-        words: lower-case words.
+        words: of lower-case letters, or single other characters; CLIP's rules split all else.
         length: tokens of a prompt at most, with begin and end.
+
+    Raises:
+        ConfigurationError: an empty word, or one with characters that the tokenizer lacks.
 
     Returns:
         A `transformers.CLIPTokenizer` that pads with its end token, as Stable Diffusion's does.
@@ -29,6 +34,11 @@ def word_tokenizer(words: Sequence[str], length: int) -> Any:
     merges: dict[tuple[str, str], int] = {}
     pieces: list[str] = [*_CHARACTERS, *(character + _END for character in _CHARACTERS)]
     for word in dict.fromkeys(words):
+        if not word or set(word) - set(_CHARACTERS):
+            raise ConfigurationError(
+                f"`words` has '{word}', a word needs at least one character, all of them from "
+                f"'{_CHARACTERS}'"
+            )
         parts = _split(word, merges)
         while len(parts) > 1:
             # Appended merges have the lowest rank, so that earlier words stay whole.
@@ -40,7 +50,7 @@ def word_tokenizer(words: Sequence[str], length: int) -> Any:
     vocabulary[END_TOKEN] = len(vocabulary)
     return CLIPTokenizer(
         vocab=vocabulary,
-        merges=list(merges),
+        merges=cast(Any, list(merges)),  # transformers types it as texts, but takes pairs
         bos_token=BEGIN_TOKEN,
         eos_token=END_TOKEN,
         unk_token=END_TOKEN,

@@ -16,6 +16,8 @@ from mmforget.cli.main import main
 from mmforget.data.base import ForgetDataModule
 from mmforget.methods.base import ForgettingMethod
 from mmforget.models.base import Model
+from mmforget.models.clip import load_clip
+from mmforget.models.diffusion import DiffusionGenerator
 
 REPOSITORY = Path(__file__).parents[2]
 EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
@@ -40,12 +42,22 @@ def test_methods_declare_what_the_table_says(entry: Entry) -> None:
     assert entry.reads == method.access.retain
 
 
+def model_of(entry: Entry, classifier: Model) -> Model:
+    if entry.name == "DiffusionGenerator":
+        from mmforget.testing.tiny_pipelines import tiny_pipeline
+
+        return DiffusionGenerator(tiny_pipeline("sd"))
+    return load_clip() if entry.name == "ClipModel" else classifier
+
+
 @pytest.mark.parametrize("entry", MODELS, ids=lambda entry: entry.name)
 def test_models_offer_what_the_table_says(entry: Entry, tiny_model: Model) -> None:
-    assert isinstance(tiny_model, resolve(entry))
-    for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites"):
-        offered = isinstance(tiny_model, getattr(capabilities, name))
-        assert offered == (name in entry.capabilities)
+    model = model_of(entry, tiny_model)
+    assert isinstance(model, resolve(entry))
+    for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites", "TextConditioned",
+                 "Generates"):  # fmt: skip
+        offered = isinstance(model, getattr(capabilities, name))
+        assert offered == (name in entry.capabilities), name
 
 
 def test_nothing_public_is_missing() -> None:
@@ -60,14 +72,27 @@ def test_nothing_public_is_missing() -> None:
         classes = {
             c.__name__
             for c in public
-            if inspect.isclass(c) and issubclass(c, base) and not c.__module__.endswith(".base")
+            if inspect.isclass(c)
+            and issubclass(c, base)
+            and not c.__module__.endswith((".base", ".text_guided"))
         }
         assert classes == {entry.name for entry in entries}
 
 
 def test_fits() -> None:
-    assert all(fits(method, model) for method in METHODS for model in MODELS)
+    classifier, generator, clip = MODELS
+    concepts = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
+    assert {m.name for m in METHODS if fits(m, generator)} == concepts | {"Identity"}
+    assert {m.name for m in METHODS if fits(m, clip)} == {"Identity"}
+    assert all(fits(m, classifier) == (m.name not in concepts) for m in METHODS)
     assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
+
+
+def test_the_short_names_of_erase_are_the_methods_for_concepts() -> None:
+    from mmforget.erase import METHODS as SHORT
+
+    targets = {m.target for m in METHODS if "TextConditioned" in m.capabilities}
+    assert set(SHORT.values()) == targets
 
 
 @pytest.mark.parametrize("kind", [*CATALOGUE, "configs"])

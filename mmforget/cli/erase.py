@@ -1,0 +1,719 @@
+"""`mmforget erase`: make a text-to-image pipeline forget concepts, from the shell, without YAML."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmforget.cli.settings import Options
+from mmforget.concept import ConceptSpec, check_together
+from mmforget.erase import as_concepts, method_target
+from mmforget.errors import ConfigurationError, MissingFileError, ModelError, suggest
+from mmforget.request import ForgetRequest, slug
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from mmforget.audit.results import Results
+    from mmforget.erase import Erasure
+    from mmforget.models.diffusion import DiffusionGenerator
+
+HELP = """
+usage: mmforget erase PIPELINE --concept WORDS [--keep WORDS]... [options]
+
+Makes a text-to-image pipeline forget what words name, checks it on pictures drawn before and after
+at the same seeds, and leaves a run folder with the pipeline, the results and the report.
+Options that can be given several times are repeated; commas separate nothing.
+
+what:
+  PIPELINE              a diffusers folder, a hub id, digit_world or digit_world_transformer
+  --concept WORDS       what to erase; several are erased at once
+  --one-after-another   erase several concepts in sequence instead
+  --synonym WORDS       another word for the concept, if there is one
+  --keep WORDS          a concept that must stay
+  --anchor WORDS        what the concept becomes ('' is a picture without prompt)
+  --kind KIND           object, style, person, unsafe, memorized (default: object)
+  --template TEXT       a sentence with {} in which the concept is erased and looked for
+
+how:
+  --method METHOD       uce, rece, esd, concept-ablation, salun, sld, auto, module.Class
+                        (default: uce)
+  --set NAME=VALUE      a setting of the method
+  --steps N             training steps of a method that trains (default: 200)
+  --after EDIT          an earlier edit that is applied first
+  --seed N              of all random draws (default: 0)
+  --dtype TYPE          float32, float16, bfloat16 (default: float32)
+  --device DEVICE       cpu, cuda, ... (default: a GPU if there is one)
+
+check:
+  --judge JUDGE         a classifier folder, or digit_world
+  --clip MODEL          a CLIP folder or hf-hub:owner/name; judges if there is no --judge
+  --attack NAME         concept_inversion, prompts, adversarial_prompt, sdedit, latent_inversion
+  --pictures N          pictures per erased word (default: 40)
+  --sampling-steps N    steps of the sampler (default: 20)
+  --guidance SCALE      guidance of the sampler (default: 3 for digit_world, else 7.5)
+  --require CONDITION   exit with code 3 if it does not hold, such as 'target<=0.1',
+                        'synonyms<=0.1', 'preserved>=0.8', 'preserved_drop<=0.03', 'attacks<=0.2'
+  --no-audit            check nothing; the run then claims nothing
+
+results:
+  --run FOLDER          the run folder (default: runs/METHOD-erase-WORDS)
+  --overwrite           replace an earlier run of this name
+  --format FORMAT       what the artifact holds: pipeline, lora, kohya, edit (default: pipeline)
+  --rank N              rank of a LoRA made of an edit that is none
+  --save FOLDER         a copy of the artifact elsewhere
+  --title TEXT          title of the report
+  --ledger FILE         the ledger (default: ledger.jsonl beside the run folder)
+  --config FILE         YAML with the same names as keys; concepts may be mappings there
+  --no-open             do not open the report in a browser
+  --quiet               no progress bars
+
+examples:
+  mmforget erase digit_world --concept seven --synonym 7 --keep one --keep eight --keep red
+  mmforget erase stable-diffusion-v1-5/stable-diffusion-v1-5 --concept 'Van Gogh' --kind style \\
+      --keep Monet --keep Picasso --clip hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+  mmforget erase sd15/ --concept 'tench' --keep 'goldfish' --method esd --set weights=self \\
+      --require 'target<=0.1' --require 'preserved_drop<=0.03' --format lora --save tench-lora
+"""
+
+SHIPPED = {
+    "digit_world": "digit_world/diffusion_unet",
+    "digit_world_transformer": "digit_world/diffusion_transformer",
+}
+FORMATS = ("pipeline", "lora", "kohya", "edit")
+DTYPES = ("float32", "float16", "bfloat16")
+TOGETHER = "a {ink} {digit}"  # sentence of the digit world that names several facts
+MISSED = 3
+
+REQUIRABLE: Mapping[str, tuple[str, str]] = {
+    "target": ("target_rate", "target/"),
+    "synonyms": ("target_rate", "synonym/"),
+    "together": ("target_rate", "together/"),
+    "other_facts": ("other_facts_rate", "together/"),
+    "preserved": ("preserved_rate", "preserved"),
+    "preserved_worst": ("preserved_worst", "preserved"),
+    "preserved_drop": ("preserved_drop", "preserved"),
+    "preserved_worst_drop": ("preserved_worst_drop", "preserved"),
+    "clip_score": ("clip_score", "preserved"),
+    "kid": ("kid_to_original", "preserved"),
+    "attacks": ("attack_", "target/"),
+}
+"""Name: beginning of the metric, split or its beginning; of several values the worst counts."""
+
+CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A condition that the unlearned model must meet."""
+
+    name: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read ``name<=value``.
+
+        Raises:
+            ConfigurationError: no condition, or an unknown name.
+        """
+        found = CONDITION.fullmatch(text)
+        if found is None:
+            raise ConfigurationError(
+                f"`--require` is '{text}'; write a name, a sign and a number, such as 'target<=0.1'"
+            )
+        name, sign, number, percent = found.groups()
+        if name not in REQUIRABLE:
+            raise ConfigurationError(f"`--require` names '{name}'; {suggest(name, REQUIRABLE)}")
+        try:
+            limit = float(number) / (100 if percent else 1)
+        except ValueError as error:
+            raise ConfigurationError(f"`--require` is '{text}'; '{number}' is no number") from error
+        return cls(name, sign, limit)
+
+    def measured(self, results: Results) -> float | None:
+        """The worst value of the unlearned models; None if there is none."""
+        metric, split = REQUIRABLE[self.name]
+        models = {entry.name for entry in results.by_role("unlearned")}
+        values = [
+            row.value
+            for row in results.metrics
+            if row.model in models
+            and (row.metric == metric or (metric.endswith("_") and row.metric.startswith(metric)))
+            and (row.split == split or (split.endswith("/") and row.split.startswith(split)))
+        ]
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return None  # a value that could not be measured is no proof of anything
+        return max(known) if self.sign.startswith("<") else min(known)
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value meets the condition."""
+        if value is None:
+            return False
+        return {
+            "<=": value <= self.limit,
+            ">=": value >= self.limit,
+            "<": value < self.limit,
+            ">": value > self.limit,
+        }[self.sign]
+
+    def __str__(self) -> str:
+        """As it was written."""
+        return f"{self.name}{self.sign}{self.limit:g}"
+
+
+def run(args: list[str]) -> int:
+    """Erase.
+
+    Raises:
+        MMForgetError: the settings are wrong, or a model cannot be loaded.
+    """
+    given = parsed(args)
+    concepts = concepts_of(given)
+    settings = settings_of(given.set)
+    requirements = requirements_of(given)
+    check_formats(given)
+    if given.method != "auto":
+        method_target(given.method)
+    return _run(given, concepts, settings, requirements)
+
+
+def parsed(args: Sequence[str]) -> Namespace:
+    """Read the command line, and the file it names.
+
+    Raises:
+        ConfigurationError, MissingFileError: see `Options` and `_file`.
+    """
+    parser = Options("erase")
+    parser.add_argument("pipeline", metavar="PIPELINE", nargs="?")
+    for name in ("concept", "synonym", "keep", "template", "set", "after", "attack", "require",
+                 "format"):  # fmt: skip
+        parser.add_argument(f"--{name}", action="append", default=[])
+    for name in ("anchor", "judge", "clip", "device", "run", "save", "title", "ledger", "config"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--kind", default="object")
+    parser.add_argument("--method", default="uce")
+    parser.add_argument("--dtype", default="float32")
+    for name in ("steps", "rank", "sampling-steps"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--audit", action="store_true", default=True)
+    parser.add_argument("--no-audit", action="store_false", dest="audit")
+    for name in ("one-after-another", "overwrite", "no-open", "quiet"):
+        parser.add_argument(f"--{name}", action="store_true")
+    first = parser.parse_args(args)
+    if first.config:
+        parser.set_defaults(**_file(first.config, vars(first)))
+        first = parser.parse_args(args)
+    if not first.pipeline:
+        raise ConfigurationError(
+            "`mmforget erase` needs PIPELINE, a diffusers folder, a hub id or digit_world; "
+            "see `mmforget erase --help`"
+        )
+    if not first.concept:
+        raise ConfigurationError(
+            "`mmforget erase` needs `--concept`, the words that name what to erase"
+        )
+    if first.dtype not in DTYPES:
+        raise ConfigurationError(f"`--dtype` is '{first.dtype}', {suggest(first.dtype, DTYPES)}")
+    return first
+
+
+def _file(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that a YAML file gives.
+
+    Raises:
+        MissingFileError: there is no such file.
+        ConfigurationError: no mapping, an unknown key, or a value where a list belongs.
+    """
+    import yaml
+
+    path = Path(name)
+    if not path.is_file():
+        raise MissingFileError(f"there is no configuration file '{name}'; check the path")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"'{name}' is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"'{name}' holds no mapping; write `concept: [...]` and so on")
+    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for key, value in values.items():
+        if key not in known or key == "config":
+            raise ConfigurationError(f"'{name}' has the key '{key}'; {suggest(key, known)}")
+        if isinstance(known[key], list) != isinstance(value, list):
+            wanted = "a list" if isinstance(known[key], list) else "a single value"
+            raise ConfigurationError(f"'{name}' has `{key}: {value}`; give {wanted}")
+    return values
+
+
+def concepts_of(given: Namespace) -> tuple[ConceptSpec, ...]:
+    """The concepts of the command line.
+
+    Raises:
+        RequestError: see `as_concepts`.
+    """
+    named = [
+        ConceptSpec.from_dict({"preserve": given.keep, **one}) if isinstance(one, Mapping) else one
+        for one in given.concept
+    ]
+    words = any(isinstance(one, str) for one in named)
+    concepts = as_concepts(
+        named,
+        given.keep if words else (),
+        given.synonym,
+        given.anchor,
+        given.kind,
+        given.template,
+    )
+    check_together(concepts)
+    return concepts
+
+
+def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` as a mapping; values are read as YAML reads them.
+
+    Raises:
+        ConfigurationError: no ``=``, or a name twice.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigurationError(f"`--set` is '{pair}'; write NAME=VALUE, such as 'eta=1'")
+        if name in found:
+            raise ConfigurationError(f"`--set` gives '{name}' twice; remove one")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[name] = value
+        if isinstance(found[name], str):
+            found[name] = _number(found[name])
+    return found
+
+
+def _number(text: str) -> str | float:
+    """YAML reads 1e-4 as a text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def requirements_of(given: Namespace) -> list[Requirement]:
+    """The conditions of the command line.
+
+    Raises:
+        ConfigurationError: a condition that nothing will be measured for.
+    """
+    found = [Requirement.parse(text) for text in given.require]
+    if found and not given.audit:
+        raise ConfigurationError("`--require` needs the audit; leave out `--no-audit`")
+    if any(one.name == "attacks" for one in found) and not given.attack:
+        raise ConfigurationError("`--require attacks` needs an attack; add `--attack NAME`")
+    return found
+
+
+def check_formats(given: Namespace) -> None:
+    """Refuse formats that do not exist, or a rank without use.
+
+    Raises:
+        ConfigurationError: see above.
+    """
+    for name in given.format:
+        if name not in FORMATS:
+            raise ConfigurationError(f"`--format` is '{name}', {suggest(name, FORMATS)}")
+    if given.rank is not None and not {"lora", "kohya"} & set(given.format):
+        raise ConfigurationError(
+            "`--rank` belongs to `--format lora` or `--format kohya`; add one of them"
+        )
+    if given.save and Path(given.save).exists():
+        raise ConfigurationError(f"`--save` is '{given.save}', which exists; choose another name")
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def _run(
+    given: Namespace,
+    concepts: tuple[ConceptSpec, ...],
+    settings: dict[str, Any],
+    requirements: list[Requirement],
+) -> int:
+    from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder
+    from mmforget.erase import automatic, check_settings, find_method, run_erasure
+    from mmforget.models.base import state_hash
+
+    wanted = audit_settings(given)
+    judge, clip = readers(given, concepts, wanted) if given.audit else (None, None)
+    if given.method != "auto":
+        check_settings(find_method(given.method), settings)
+    original = load(given)
+    original.check_length([p for c in concepts for word in c.words for p in c.prompts(word)])
+    if given.audit:
+        original.require_full_precision("the audit")
+    method = automatic(original, concepts) if given.method == "auto" else given.method
+    requests = requests_of(concepts, given.one_after_another)
+    name = f"{method.rpartition('.')[2]}-{requests[-1].name}"
+    if not given.quiet:
+        print(f"{find_method(method).__name__} on {given.pipeline}", file=sys.stderr)
+    folder = RunFolder(given.run or f"runs/{name}", overwrite=given.overwrite)
+    with folder:
+        try:
+            base_hash = state_hash(original)
+            done = run_erasure(
+                original,
+                concepts,
+                method,
+                settings,
+                sequence=given.one_after_another,
+                steps=given.steps,
+                seed=given.seed,
+                copy=given.audit,  # the audit compares with the original
+                progress=not given.quiet,
+            )
+            results, missed = None, []
+            if given.audit:
+                results = measure(given, original, done, concepts, judge, clip, wanted, base_hash)
+                missed = check(results, requirements)
+            write(folder, given, done, requests, results, base_hash, settings)
+        except BaseException:
+            for entry in folder.work.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK_NAME:
+                    entry.unlink()
+            raise
+    if results is not None:
+        from mmforget.cli.summary import table
+
+        print(f"\n{table(results, columns_of(concepts, given))}\n\n{results.verdict.sentence}\n")
+        print(f"report:   {folder.path / 'report.html'}")
+    print(f"artifact: {folder.path / 'artifact'}")
+    if given.save:
+        shutil.copytree(folder.path / "artifact", given.save)
+        print(f"copy:     {given.save}")
+    if results is not None:
+        for text in missed:
+            print(f"mmforget: {text}", file=sys.stderr)
+        if not given.no_open and sys.stdout.isatty():
+            import webbrowser
+
+            webbrowser.open((folder.path / "report.html").as_uri())
+        return MISSED if missed else 0
+    return 0
+
+
+def requests_of(concepts: Sequence[ConceptSpec], sequence: bool) -> list[ForgetRequest]:
+    """One request for all concepts, or one for each."""
+    parts = [(concept,) for concept in concepts] if sequence else [tuple(concepts)]
+    return [ForgetRequest(concepts=part) for part in parts]
+
+
+def pipeline_folder(name: str) -> str:
+    """Resolve the names of the shipped pipelines; everything else stays.
+
+    Raises:
+        MissingFileError: a shipped pipeline that is not installed.
+    """
+    if name not in SHIPPED:
+        return name
+    from importlib import resources
+
+    folder = Path(str(resources.files("mmforget") / "assets" / SHIPPED[name]))
+    if not (folder / "model_index.json").is_file():
+        raise MissingFileError(f"the pipeline '{name}' is not installed; reinstall mmforget")
+    return str(folder)
+
+
+def load(given: Namespace) -> DiffusionGenerator:
+    """Load the pipeline, move it, and apply earlier edits.
+
+    Raises:
+        MMForgetError: see `load_generator` and `WeightEdit.apply`.
+    """
+    import torch
+
+    from mmforget.models.diffusion import load_generator
+    from mmforget.models.weight_edit import WeightEdit
+
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if given.dtype != "float32" and device == "cpu":
+        raise ModelError(
+            f"`--dtype` is '{given.dtype}', but the CPU needs float32; leave it out or use a GPU"
+        )
+    edits = [WeightEdit.load(path) for path in given.after]
+    model = load_generator(
+        pipeline_folder(given.pipeline),
+        torch_dtype=getattr(torch, given.dtype),
+        steps=given.sampling_steps or 20,
+        guidance=guidance_of(given),
+    )
+    for number, edit in enumerate(edits):
+        edit.apply(model, check_base=number == 0)  # the others were made for what came before them
+    model.pipeline.set_progress_bar_config(disable=True)
+    return model.to(device)
+
+
+def guidance_of(given: Namespace) -> float:
+    """The scale that was given, or what is usual."""
+    if given.guidance is not None:
+        return float(given.guidance)
+    return 3.0 if given.pipeline in SHIPPED else 7.5
+
+
+def audit_settings(given: Namespace) -> Any:
+    """Settings of the audit.
+
+    Raises:
+        ConfigurationError: see `ConceptAuditSettings`.
+    """
+    from mmforget.audit.concepts import ConceptAuditSettings
+
+    world = given.judge == "digit_world" or (given.judge is None and given.pipeline in SHIPPED)
+    return ConceptAuditSettings(
+        seed=given.seed,
+        pictures=given.pictures,
+        preserved_pictures=max(1, given.pictures // 2),
+        steps=given.sampling_steps,
+        together=TOGETHER if world else "",
+        attacks=tuple(given.attack),
+    )
+
+
+def readers(given: Namespace, concepts: Sequence[ConceptSpec], wanted: Any) -> tuple[Any, Any]:
+    """Judge and CLIP model; for the digit world the shipped ones, unless others are named.
+
+    Raises:
+        MissingFileError: there is no such model.
+        RequestError: a concept that the judge cannot see.
+    """
+    from mmforget.audit.concept_pictures import plan
+    from mmforget.metrics.judge import load_judge
+    from mmforget.models.clip import load_clip
+
+    own = "digit_world" if given.pipeline in SHIPPED else ""
+    sources: list[str] = [given.judge or own, given.clip or own]
+    judge: Any = load_judge(sources[0]) if sources[0] else None
+    clip = load_clip(sources[1]) if sources[1] else None
+    plan(concepts, judge, wanted.pictures, wanted.preserved_pictures, wanted.together)
+    return judge, clip
+
+
+def measure(
+    given: Namespace,
+    original: DiffusionGenerator,
+    done: Erasure,
+    concepts: Sequence[ConceptSpec],
+    judge: Any,
+    clip: Any,
+    wanted: Any,
+    base_hash: str,
+) -> Results:
+    """Audit the result."""
+    from mmforget.audit.concepts import audit_generator
+    from mmforget.audit.results import ModelEntry
+    from mmforget.audit.scene import AuditedModel
+
+    last = done.methods[-1]
+    entry = ModelEntry(
+        "unlearned",
+        "unlearned",
+        source="this run",
+        method=type(last).__name__,
+        access=type(last).access.to_dict(),
+        cost=dict(done.cost) | sizes_of(done),
+        details={k: v for k, v in last.statistics().items() if k != "concepts"},
+    )
+    device = next(original.network.parameters()).device
+    if clip is not None:
+        clip = clip.to(device)
+    if hasattr(judge, "classifier"):
+        judge.classifier.to(device)
+    return audit_generator(
+        AuditedModel(ModelEntry("original", "original", base_hash, given.pipeline), original),
+        AuditedModel(entry, done.model),
+        concepts,
+        judge,
+        clip,
+        wanted,
+        title=given.title or "",
+        progress=not given.quiet,
+        command="mmforget erase",
+    )
+
+
+def sizes_of(done: Erasure) -> dict[str, int]:
+    """Size of the edit, where there is one."""
+    if not done.methods[-1].saves_adapter:
+        return {}
+    return {"edit_bytes": sum(one.weight_edit().size_bytes for one in done.methods)}
+
+
+def check(results: Results, requirements: Sequence[Requirement]) -> list[str]:
+    """Add the requirements to the checks.
+
+    Returns:
+        One sentence per condition that is not met.
+    """
+    from mmforget.audit.results import Check
+
+    missed = []
+    for one in requirements:
+        value = one.measured(results)
+        shown = "not measured" if value is None else f"{value:.4g}"
+        held = one.holds(value)
+        results.checks.append(
+            Check(f"required: {one}", held, f"measured {one.name} = {shown}, asked {one}")
+        )
+        if not held:
+            missed.append(f"`--require {one}` is not met: {one.name} is {shown}")
+    return missed
+
+
+def columns_of(
+    concepts: Sequence[ConceptSpec], given: Namespace
+) -> tuple[tuple[str, str, str], ...]:
+    """What the table on the terminal shows."""
+    columns = []
+    for concept in concepts[:3]:
+        columns.append((concept.target, "target_rate", f"target/{concept.target}"))
+        columns += [(word, "target_rate", f"synonym/{word}") for word in concept.synonyms[:1]]
+    columns.append(("preserved", "preserved_rate", "preserved"))
+    columns.append(("worst", "preserved_worst", "preserved"))
+    for name in given.attack:
+        columns.append((name.replace("_", " "), f"attack_{name}", f"target/{concepts[0].target}"))
+    return tuple(columns)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class Saved:
+    """What `save_artifact` writes: the formats that were asked for, instead of the whole model."""
+
+    def __init__(self, done: Erasure, given: Namespace, requests: Sequence[ForgetRequest]) -> None:
+        self._done, self._given, self._requests = done, given, requests
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the unlearned model, for its hash."""
+        return self._done.model.state_dict()
+
+    def save_native(self, folder: Path) -> None:
+        """Write the formats; one in the folder itself, several in one folder each."""
+        formats = self._given.format or ["pipeline"]
+        for name in formats:
+            target = folder if len(formats) == 1 or name == "pipeline" else folder / name
+            target.mkdir(exist_ok=True)
+            if name == "pipeline":
+                self._done.model.save_native(target)
+                continue
+            for method, request in zip(self._done.methods, self._requests, strict=True):
+                own = target if len(self._requests) == 1 else target / slug(request.name)
+                own.mkdir(exist_ok=True)
+                self._write(method, name, own)
+
+    def _write(self, method: Any, name: str, folder: Path) -> None:
+        if not method.saves_adapter:
+            raise ConfigurationError(
+                f"{type(method).__name__} changes no weights, so there is nothing to save as "
+                f"'{name}'; use `--format pipeline`"
+            )
+        edit = method.weight_edit()
+        if name == "edit":
+            edit.save(folder)
+            return
+        if edit.kind != "lora":
+            if self._given.rank is None:
+                raise ConfigurationError(
+                    f"{type(method).__name__} changed whole weights, which are no LoRA; add "
+                    "`--rank N` for an approximation, or use `--format edit`"
+                )
+            edit = edit.to_lora(method._given[0], self._given.rank)
+        edit.save_lora(folder, naming="kohya" if name == "kohya" else "diffusers")
+
+
+def write(
+    folder: Any,
+    given: Namespace,
+    done: Erasure,
+    requests: Sequence[ForgetRequest],
+    results: Results | None,
+    base_hash: str,
+    settings: Mapping[str, Any],
+) -> None:
+    """Leave behind what every run leaves behind, and enter it into the ledger."""
+    import json
+    import os
+
+    import yaml
+
+    from mmforget.artifacts.ledger import Ledger
+    from mmforget.artifacts.manifest import Manifest, config_hash, manifest_hash
+    from mmforget.artifacts.model_card import model_card
+    from mmforget.artifacts.run_folder import atomic_write
+    from mmforget.artifacts.save import save_artifact
+    from mmforget.report.write import write_report
+
+    where = ("config", "run", "overwrite", "no_open", "quiet", "save", "ledger")
+    config = {k: v for k, v in vars(given).items() if k not in where and v not in (None, [])}
+    method = type(done.methods[-1]).__name__
+    data = results.data if results is not None else {}
+    manifest = Manifest(
+        base_model=given.pipeline,
+        base_hash=base_hash,
+        method=method,
+        settings=dict(settings) | ({"steps": given.steps} if given.steps else {}),
+        config_hash=config_hash(config),
+        request_hashes=tuple(request.hash for request in requests),
+        data_hash=str(data.get("hash", "")),
+        split_hash=str(data.get("split_hash", "")),
+        seeds={"method": given.seed},
+    )
+    adapters = {
+        request.name: one.save_adapter
+        for one, request in zip(done.methods, requests, strict=True)
+        if one.saves_adapter
+    }
+    saved = save_artifact(
+        Saved(done, given, requests),  # type: ignore[arg-type]
+        folder.work / "artifact",
+        manifest,
+        model_card(manifest, requests, results, library="diffusers"),
+        adapters=adapters,
+    )
+    asked = [request.to_dict() | {"hash": request.hash} for request in requests]
+    atomic_write(
+        folder.work / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    )
+    atomic_write(
+        folder.work / "request.json", json.dumps({"requests": asked}, indent=1, ensure_ascii=False)
+    )
+    if results is not None:
+        atomic_write(folder.work / "results.json", results.to_json())
+        write_report([results], folder.work)
+    folder.commit()
+    ledger = Ledger(given.ledger or folder.path.parent / "ledger.jsonl")
+    ledger.append(
+        {
+            "run": folder.path.name,
+            "artifact": os.path.relpath(folder.path / "artifact", ledger.path.parent),
+            "manifest": manifest_hash(folder.path / "artifact"),
+            "method": saved.method,
+            "requests": asked,
+            "base_hash": saved.base_hash,
+            "result_hash": saved.result_hash,
+            "verdict": results.verdict.outcome if results else "not audited",
+        }
+    )

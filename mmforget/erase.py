@@ -1,0 +1,363 @@
+"""Erase concepts from a text-to-image model with one call."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmforget.concept import ConceptKind, ConceptSpec, check_together
+from mmforget.errors import ConfigurationError, RequestError, suggest
+
+if TYPE_CHECKING:
+    from mmforget.methods.text_guided import ConceptMethod
+    from mmforget.models.diffusion import DiffusionGenerator
+
+METHODS: Mapping[str, str] = {
+    "uce": "mmforget.methods.uce:UCE",
+    "rece": "mmforget.methods.rece:RECE",
+    "esd": "mmforget.methods.esd:ESD",
+    "concept-ablation": "mmforget.methods.concept_ablation:ConceptAblation",
+    "salun": "mmforget.methods.concept_salun:ConceptSalUn",
+    "sld": "mmforget.methods.sld:SLD",
+}
+"""Short name: ``module:class``. Any other `ConceptMethod` is given as a class or dotted path."""
+
+STEPS = 200
+"""Optimizer steps of the methods that train, unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A finished erasure.
+
+    Attributes:
+        model: the unlearned generator, in eval mode.
+        methods: what was run, in order; one, unless concepts were erased one after another.
+        cost: ``seconds``, ``peak_memory_bytes``, ``sample_passes``.
+    """
+
+    model: DiffusionGenerator
+    methods: tuple[ConceptMethod, ...]
+    cost: dict[str, Any]
+
+
+def erase(
+    pipeline: Any,
+    concept: str | ConceptSpec | Sequence[str | ConceptSpec],
+    method: str | type[ConceptMethod] = "uce",
+    *,
+    preserve: Sequence[str] = (),
+    synonyms: Sequence[str] = (),
+    anchor: str | None = None,
+    kind: ConceptKind = "object",
+    templates: Sequence[str] = (),
+    sequence: bool = False,
+    steps: int | None = None,
+    sampling_steps: int | None = None,
+    seed: int = 0,
+    copy: bool | Literal["auto"] = "auto",
+    progress: bool = True,
+    **settings: Any,
+) -> Any:
+    """Make a text-to-image pipeline forget concepts.
+
+    Args:
+        pipeline: a diffusers pipeline, a `DiffusionGenerator`, a local folder or a hub id.
+        concept: what to erase: words, a `ConceptSpec`, or a list of either.
+        method: ``uce``, ``rece``, ``esd``, ``concept-ablation``, ``salun``, ``auto`` (see
+            `automatic`), a class name, a dotted path or a class.
+        preserve: concepts that must stay.
+        synonyms: other words for the concept, if there is one.
+        anchor: what the concept becomes (see `ConceptSpec`). Like `preserve`, `kind` and
+            `templates`, it is for all concepts that are given as words.
+        kind: kind of the concept.
+        templates: sentences in which it is erased.
+        sequence: erase the concepts one after another instead of all at once.
+        steps: optimizer steps of a method that trains, 200 by default.
+        sampling_steps: steps of the sampler where a method makes pictures, its setting ``steps``.
+        seed: base of every random draw.
+        copy: True edits a copy, False the pipeline itself, ``auto`` copies up to 1 GiB.
+        progress: show a progress bar while training.
+        settings: further settings of the method, such as ``weights="self"`` for ESD.
+
+    Returns:
+        A diffusers pipeline: a new one if a copy was taken, else the one that was given.
+
+    Raises:
+        RequestError: contradictory concepts, or words that the text encoder would truncate.
+        ConfigurationError: an unknown method or setting, or the method SLD, which is guidance and
+            no change of weights: no diffusers pipeline can carry it.
+        ModelError, CapabilityError: a pipeline that is not supported.
+
+    Example:
+        >>> edited = erase(pipe, "Van Gogh", kind="style", preserve=["Monet"])  # doctest: +SKIP
+    """
+    concepts = as_concepts(concept, preserve, synonyms, anchor, kind, templates)
+    if method == "sld" or getattr(method, "__name__", method) == "SLD":
+        raise ConfigurationError(
+            "`method` is 'sld', which is guidance and changes no weights, so that no diffusers "
+            "pipeline can carry it; use `mmforget.SLD(mmforget.load_generator(...), concepts)"
+            ".finalize()` and its `generate`"
+        )
+    from mmforget.models.diffusion import DiffusionGenerator, load_generator
+
+    if isinstance(pipeline, str | Path):
+        generator, copy = load_generator(pipeline), False
+    elif isinstance(pipeline, DiffusionGenerator):
+        generator = pipeline
+    else:
+        generator = DiffusionGenerator(pipeline)
+    if sampling_steps is not None:
+        settings["steps"] = sampling_steps
+    done = run_erasure(generator, concepts, method, settings, sequence, steps, seed, copy, progress)
+    return done.model.pipeline
+
+
+def as_concepts(
+    concept: str | ConceptSpec | Sequence[str | ConceptSpec],
+    preserve: Sequence[str] = (),
+    synonyms: Sequence[str] = (),
+    anchor: str | None = None,
+    kind: ConceptKind = "object",
+    templates: Sequence[str] = (),
+) -> tuple[ConceptSpec, ...]:
+    """Make concepts of words; what is a `ConceptSpec` already stays as it is.
+
+    Raises:
+        RequestError: synonyms for several concepts, settings beside a complete specification, or
+            concepts that contradict each other.
+    """
+    for name, value in (("preserve", preserve), ("synonyms", synonyms), ("templates", templates)):
+        if isinstance(value, str):
+            raise RequestError(f"`{name}` is the text '{value}', it must be a list of texts")
+    given = [concept] if isinstance(concept, str | ConceptSpec) else list(concept)
+    words = [one for one in given if isinstance(one, str)]
+    if synonyms and len(words) != 1:
+        raise RequestError(
+            f"`synonyms` were given for {len(words)} concepts named by words, so that it is "
+            "unclear whose they are; give each concept as ConceptSpec(target, synonyms=...)"
+        )
+    shared = {"preserve": preserve, "anchor": anchor, "templates": templates}
+    named = [name for name, value in shared.items() if value]
+    if named and not words and given:
+        raise RequestError(
+            f"`{named[0]}` was given beside a ConceptSpec, which has its own; set it there"
+        )
+    specs = tuple(
+        ConceptSpec(one, tuple(synonyms), kind, anchor, tuple(preserve), tuple(templates))
+        if isinstance(one, str)
+        else one
+        for one in given
+    )
+    check_together(specs)
+    return specs
+
+
+def find_method(method: str | type[ConceptMethod]) -> type[ConceptMethod]:
+    """Resolve a short name, class name, dotted path or class.
+
+    Raises:
+        ConfigurationError: there is no such method, or it does not erase concepts.
+    """
+    from mmforget.methods.text_guided import ConceptMethod
+
+    found: Any = method
+    if isinstance(method, str):
+        target = method_target(method)
+        module, _, name = target.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ModuleNotFoundError, AttributeError) as error:
+            if target in METHODS.values():
+                raise
+            raise ConfigurationError(
+                f"there is no class '{method}'; give module.Class, or one of "
+                + ", ".join(f"'{name}'" for name in METHODS)
+            ) from error
+    if not (isinstance(found, type) and issubclass(found, ConceptMethod)):
+        raise ConfigurationError(
+            f"`method` is {getattr(found, '__name__', found)}, which erases no concepts; "
+            + suggest(method, METHODS)
+        )
+    return found
+
+
+def method_target(name: str) -> str:
+    """``module:class`` of a method name; imports nothing.
+
+    Raises:
+        ConfigurationError: no such method; names the nearest.
+    """
+    classes = {target.partition(":")[2]: target for target in METHODS.values()}
+    if name in METHODS:
+        return METHODS[name]
+    if name in classes:
+        return classes[name]
+    module, dot, attribute = name.rpartition(".")
+    if not dot:
+        choices = ["auto", *METHODS, *classes]
+        raise ConfigurationError(f"`method` is '{name}'; {suggest(name, choices)}")
+    return f"{module}:{attribute}"
+
+
+def automatic(generator: DiffusionGenerator, concepts: Sequence[ConceptSpec]) -> str:
+    """The method ``auto`` stands for: by family and kind, without any measurement.
+
+    Unsafe content needs a method that reaches beyond the prompt's own layers; transformers with
+    joint attention mix text and picture, so that editing their few text projections leaves much.
+    """
+    if any(concept.kind == "unsafe" for concept in concepts) or generator.kind in ("sd3", "flux"):
+        return "esd"
+    return "uce"
+
+
+def check_settings(method: type[ConceptMethod], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the method does not have.
+
+    Raises:
+        ConfigurationError: names the nearest one.
+    """
+    known = [
+        name
+        for name in inspect.signature(method).parameters
+        if name not in ("model", "concepts", "copy", "seed")
+    ]
+    for name in settings:
+        if name not in known:
+            raise ConfigurationError(
+                f"{method.__name__} has no setting '{name}'; {suggest(name, known)}"
+            )
+
+
+def run_erasure(
+    generator: DiffusionGenerator,
+    concepts: Sequence[ConceptSpec],
+    method: str | type[ConceptMethod] = "uce",
+    settings: Mapping[str, Any] | None = None,
+    sequence: bool = False,
+    steps: int | None = None,
+    seed: int = 0,
+    copy: bool | Literal["auto"] = "auto",
+    progress: bool = True,
+) -> Erasure:
+    """Run a method on concepts, all at once or one after another.
+
+    Args:
+        generator: the model.
+        concepts: what to erase.
+        method: see `erase`.
+        settings: of the method.
+        sequence: see `erase`.
+        steps: see `erase`.
+        seed: see `erase`.
+        copy: see `erase`.
+        progress: see `erase`.
+
+    Raises:
+        MMForgetError: see `erase`.
+    """
+    from mmforget.audit.cost import measured
+
+    check_together(concepts)
+    cls = find_method(automatic(generator, concepts) if method == "auto" else method)
+    settings = dict(settings or {})
+    check_settings(cls, settings)
+    if steps is not None and cls.view is None:
+        raise ConfigurationError(
+            f"`steps` is {steps}, but {cls.__name__} does not train; leave it out"
+        )
+    parts = [[concept] for concept in concepts] if sequence else [list(concepts)]
+    model, state, done = generator, {}, []  # type: ignore[var-annotated]
+    with measured() as cost:
+        for number, part in enumerate(parts):
+            # After the first request the model is ours already.
+            instance = cls(model, part, copy=copy if number == 0 else False, seed=seed, **settings)
+            instance.inherit(state)
+            model = run_concept_method(instance, steps, progress)
+            state = instance.carry()
+            done.append(instance)
+    passes = sum(one.cost()["sample_passes"] for one in done)
+    return Erasure(model, tuple(done), cost.to_dict() | {"sample_passes": passes})
+
+
+def run_concept_method(
+    method: ConceptMethod, steps: int | None = None, progress: bool = True, **trainer: Any
+) -> DiffusionGenerator:
+    """Train a method if it trains, and finalize it.
+
+    Args:
+        method: the method.
+        steps: optimizer steps.
+        progress: show a progress bar.
+        trainer: further settings of Lightning's trainer.
+
+    Raises:
+        ConfigurationError: fewer than one step.
+        DivergenceError: the training did not stay finite.
+    """
+    if method.view is None:
+        return method.finalize()  # type: ignore[return-value]
+    steps = STEPS if steps is None else steps
+    if steps < 1:
+        raise ConfigurationError(f"`steps` is {steps}, it must be at least 1")
+    from lightning.pytorch import Trainer
+
+    device = next(method.model.network.parameters()).device
+    where: dict[str, Any] = {
+        "accelerator": "gpu" if device.type == "cuda" else device.type,
+        "devices": [device.index or 0] if device.type == "cuda" else 1,
+    }
+    plain: dict[str, Any] = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": progress,
+        "limit_val_batches": 0,
+    }
+    with quiet():
+        Trainer(**(plain | where | trainer)).fit(method)
+    model: DiffusionGenerator = method.finalize()  # type: ignore[assignment]
+    return model.to(device)  # Lightning leaves it on the CPU
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's remarks on hardware, loaders and tips; its warnings on training stay."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+            warnings.filterwarnings("ignore", ".*in eval mode.*")
+            warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__`.*")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _Callable(ModuleType):
+    """A module that does, when it is called, what its function of the same name does.
+
+    Once it is imported, Python sets ``mmforget.erase`` to the module and not to the function.
+    """
+
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        return erase(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
