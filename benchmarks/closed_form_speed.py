@@ -156,7 +156,7 @@ def through_diffusers() -> float:
     plain = answer()
     with tempfile.TemporaryDirectory() as folder:
         edit.save_lora(folder)
-        network.load_lora_adapter(folder, prefix="unet", adapter_name="edit")
+        network.load_lora_adapter(folder, prefix="unet", adapter_name="edit", use_safetensors=True)
     lora = answer()
     network.disable_adapters()
     assert torch.equal(answer(), plain), "switched off, the LoRA must leave no trace"

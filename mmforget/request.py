@@ -53,7 +53,8 @@ class ForgetRequest:
         object.__setattr__(self, "concepts", tuple(map(_concept, self.concepts)))
         named = [key for key in ("classes", "samples", "concepts") if getattr(self, key)]
         if len(named) != 1:
-            got = f"got {' and '.join(f'`{key}`' for key in named)}" if named else "got neither"
+            listed = " and ".join(f"`{key}`" for key in named)
+            got = f"got both {listed}" if named else "got neither"
             raise RequestError(
                 f"`request` needs either `classes` or `samples` or `concepts`, {got}; "
                 "name what shall be forgotten"

@@ -180,7 +180,7 @@ def test_requests_for_classes_hash_as_before() -> None:
 def test_contradictory_requests() -> None:
     with pytest.raises(RequestError, match="got neither"):
         ForgetRequest()
-    with pytest.raises(RequestError, match="got `classes` and `concepts`"):
+    with pytest.raises(RequestError, match="got both `classes` and `concepts`"):
         ForgetRequest(classes=(3,), concepts=(CAT,))
     with pytest.raises(RequestError, match="erases 'cat' twice"):
         ForgetRequest(concepts=(CAT, CAT))

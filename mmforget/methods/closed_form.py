@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from mmforget.concept import ConceptSpec
-from mmforget.errors import ConfigurationError, DivergenceError, ModelError
-from mmforget.models.base import Segment, TextLayer
+from mmforget.errors import ConfigurationError, DivergenceError
+from mmforget.models.base import Segment
 from mmforget.seeds import generator
 
 logger = logging.getLogger(__name__)
@@ -150,35 +150,6 @@ def times(weight: Tensor, rows: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype) @ rows.to(weight.device, dtype)
-
-
-# ---- layers -------------------------------------------------------------------------------------
-
-
-def check_layers(layers: Sequence[TextLayer]) -> None:
-    """Refuse layers whose weights are not plain floating-point matrices.
-
-    Raises:
-        ModelError: quantised, off-loaded, or otherwise wrapped.
-    """
-    for layer in layers:
-        weight = layer.module.weight
-        if weight.is_meta:
-            raise ModelError(
-                f"the weights of '{layer.name}' are off-loaded; call `pipe.remove_all_hooks()` or "
-                "load the pipeline without off-loading"
-            )
-        floating = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        plain = type(weight.data) is Tensor and weight.dtype in floating
-        if not plain or tuple(weight.shape) != (
-            layer.module.out_features,
-            layer.module.in_features,
-        ):
-            raise ModelError(
-                f"the layer '{layer.name}' is quantised ({type(layer.module).__name__}, "
-                f"{str(weight.dtype).removeprefix('torch.')}), so it has no closed-form edit; load "
-                "the pipeline without quantisation"
-            )
 
 
 # ---- rows ---------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ from mmforget.methods.closed_form import (
     Scope,
     Solution,
     Space,
-    check_layers,
     compress,
     gather,
     guide_word,
@@ -158,7 +157,7 @@ class UCE(ConceptMethod):
         max_drift: float = 0.05,
     ) -> None:
         if isinstance(model, TextConditioned):  # if not, the base class says so
-            check_layers(model.text_layers())
+            model.text_layers()  # refuses offloaded weights before they are copied or hashed
         super().__init__(model, concepts, copy=copy, seed=seed)
         for name, value, valid in (
             ("scope", scope, get_args(ScopeChoice)),
@@ -513,7 +512,8 @@ def with_neighbours(
         The concepts, and the words that were added.
     """
     erased = [normalised(word) for concept in concepts for word in concept.words]
-    full, added = [], []
+    full: list[ConceptSpec] = []
+    added: list[str] = []
     for concept in concepts:
         if concept.preserve or any(other.preserve for other in concepts):
             full.append(concept)

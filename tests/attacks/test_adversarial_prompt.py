@@ -1,5 +1,4 @@
 import copy
-from importlib import resources
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from mmforget.concept import ConceptSpec
 from mmforget.errors import ConfigurationError
 from mmforget.metrics.judge import load_judge
 from mmforget.models.base import state_hash
-from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.testing.tiny_pipelines import tiny_pipeline
 
-GENERATOR = resources.files("mmforget") / "assets" / "digit_world" / "diffusion_unet"
 CAT = ConceptSpec("cat", preserve=("dog",), templates=("a photo of {}", "{}"))
 QUICK = {"times": 2, "iterations": 2, "pictures": 1, "sampling_steps": 2}
 
@@ -89,8 +87,7 @@ def test_wrong_settings():
             adversarial_prompt_attack(model, model, CAT, everything, **{**QUICK, **setting})
 
 
-def test_the_search_finds_a_word_that_still_means_the_concept():
-    shipped = load_generator(str(GENERATOR), steps=12)
+def test_the_search_finds_a_word_that_still_means_the_concept(shipped):
     model = copy.deepcopy(shipped)
     rows = model.text_encoders["text_encoder"].get_input_embeddings().weight
     red, other = model.pipeline.tokenizer("red something", add_special_tokens=False).input_ids

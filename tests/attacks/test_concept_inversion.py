@@ -1,6 +1,3 @@
-import copy
-from importlib import resources
-
 import pytest
 import torch
 
@@ -9,10 +6,9 @@ from mmforget.concept import ConceptSpec
 from mmforget.errors import ConfigurationError
 from mmforget.metrics.judge import load_judge
 from mmforget.models.base import state_hash
-from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.testing.tiny_pipelines import tiny_pipeline
 
-GENERATOR = resources.files("mmforget") / "assets" / "digit_world" / "diffusion_unet"
 CAT = ConceptSpec("cat", templates=("a photo of {}", "{}"))
 # Green, because the judge takes pictures of nothing for red.
 GREEN = ConceptSpec("green", synonyms=("emerald",), preserve=("blue",), templates=("a {} digit",))
@@ -21,24 +17,6 @@ QUICK = {"steps": 2, "pictures": 1, "sampling_steps": 2}
 
 def everything(images):
     return torch.ones(len(images), dtype=torch.bool)
-
-
-@pytest.fixture(scope="module")
-def shipped():
-    return load_generator(str(GENERATOR), steps=12)
-
-
-@pytest.fixture(scope="module")
-def concealed(shipped):
-    """Knows green, but reads its names as blue."""
-    model = copy.deepcopy(shipped)
-    rows = model.text_encoders["text_encoder"].get_input_embeddings().weight
-    green, emerald, blue = model.pipeline.tokenizer(
-        "green emerald blue", add_special_tokens=False
-    ).input_ids
-    with torch.no_grad():
-        rows[green] = rows[emerald] = rows[blue]
-    return model
 
 
 @pytest.mark.parametrize("kind", ["sd", "sd2", "sdxl", "sd3", "flux"])
@@ -110,9 +88,10 @@ def test_a_concealed_colour_comes_back(shipped, concealed):
 
 
 @pytest.mark.slow
-def test_the_attack_works_on_the_original_and_fails_on_one_that_never_learnt(shipped):
+def test_the_attack_works_on_the_original_and_fails_where_the_colour_is_gone(shipped, scrambled):
     seen = sees(load_judge(), "ink", "green")
     sane = inversion_attack(shipped, shipped, GREEN, seen)
     assert sane.pre_rate == 1.0 and sane.attack_rate >= 0.8
-    never = inversion_attack(shipped.fresh(0), shipped, GREEN, seen, steps=60)
-    assert never.attack_rate <= 0.2
+    for model in (scrambled, shipped.fresh(0)):
+        gone = inversion_attack(model, shipped, GREEN, seen)
+        assert gone.pre_rate <= 0.2 and gone.attack_rate <= 0.2

@@ -563,7 +563,7 @@ save_file({"images": images}, folder + "/out.safetensors")
 
 @pytest.mark.slow  # a new interpreter imports diffusers
 def test_other_programs_load_the_folder(tmp_path: Path) -> None:
-    model = made("sd")
+    model = made("sd", steps=3)
     (tmp_path / "pipe").mkdir()
     model.save_native(tmp_path / "pipe")
     save_file({"noise": model.noise([CAT], 1, 4)}, tmp_path / "noise.safetensors")

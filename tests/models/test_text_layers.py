@@ -99,7 +99,7 @@ def test_inputs_are_functions_of_the_prompt_alone(kind: TinyKind) -> None:
             noisy = torch.full((1, *model.latent_shape), float(time))
             model.predict(noisy, torch.tensor(float(time)), embedding)
     half = len(seen) // 2
-    assert [name for name, _ in seen[:half]] == [name for name, *_ in TEXT[kind]]
+    assert [name for name, _ in seen[:half]] == [layer.name for layer in model.text_layers()]
     for (name, one), (_, other), layer in zip(
         seen[:half], seen[half:], model.text_layers(), strict=True
     ):
