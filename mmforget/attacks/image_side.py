@@ -183,8 +183,8 @@ def latent_inversion_attack(
     The scaling matters. The sampler's equation can be followed backwards from any picture, and
     forwards again to the same one, also by a model that has never learnt anything like it; but such
     a picture then comes from noise that is never drawn. That repetition is reported as
-    ``empty exact`` and does not count. A network that hardly changes its input, such as an untrained
-    one, repeats pictures even after the scaling: compare with `reference`.
+    ``empty exact`` and does not count. A network that hardly changes its input, such as an
+    untrained one, repeats pictures even after the scaling: compare with `reference`.
 
     Args:
         model: the unlearned model.

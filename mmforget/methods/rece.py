@@ -77,7 +77,7 @@ class RECE(UCE):
         lam: float | None = None,
         erase_scale: float = 1.0,
         preserve_scale: float | None = None,
-        max_drift: float = 0.05,
+        max_drift: float = 0.2,
         epochs: int | None = None,
         reg: float | None = None,
         form: Form = "zero",

@@ -218,8 +218,8 @@ def test_scope_escalates_while_it_leaks() -> None:
     facts = method.statistics()
     tried = list(facts["leak_by_scope"])
     assert tried == ["last", "last_to_end", "all"][: len(tried)] and facts["scope"] == tried[-1]
-    assert all(facts["leak_by_scope"][s] > 0.35 for s in tried[:-1])
-    assert len(tried) == 3 or facts["leak"] <= 0.35
+    assert all(facts["leak_by_scope"][s] > 0.2 for s in tried[:-1])
+    assert len(tried) == 3 or facts["leak"] <= 0.2
     # With this random encoder, the end tokens say what the last token says.
     assert len(tried) > 1
 
