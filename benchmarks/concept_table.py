@@ -44,8 +44,8 @@ from mmforget.methods.esd import ESD
 from mmforget.methods.rece import RECE
 from mmforget.methods.sld import SLD
 from mmforget.methods.uce import UCE
-from mmforget.metrics.judge import load_judge
 from mmforget.metrics.distribution import KernelDistance
+from mmforget.metrics.judge import load_judge
 from mmforget.metrics.perceptual import PairedChange
 from mmforget.metrics.vacuous import noise_threshold, vacuous
 from mmforget.models.base import PromptEmbedding
@@ -54,7 +54,7 @@ from mmforget.models.diffusion import DiffusionGenerator, load_generator
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_world"
 MODELS = {"unet": "diffusion_unet", "transformer": "diffusion_transformer"}
-STEPS, GUIDANCE, COMBINATIONS, TEMPLATED = 15, 3.0, 4, 8
+STEPS, GUIDANCE, COMBINATIONS, TEMPLATED = 12, 3.0, 3, 6
 PICTURES_SEED = 1000
 """Pictures of the evaluation come from seeds that no tuning has looked at."""
 
@@ -148,7 +148,7 @@ def count(made: dict[str, Tensor], concept: ConceptSpec) -> dict[str, list[int]]
     return found
 
 
-# ---- one cell -------------------------------------------------------------------------------------
+# ---- one cell -----------------------------------------------------------------------------------
 
 
 class NegativePrompt:
@@ -214,7 +214,7 @@ def cell(name: str, kind: str, target: str, seed: int, work: Path) -> None:
         distance = KernelDistance()
         distance.update(before["pairs"][kept], reference=True)
         distance.update(made["pairs"][kept], reference=False)
-        record["kid"] = float(distance.compute())
+        record["kid"] = float(distance.compute()["distance"])
         change = PairedChange(["kept", "target"])
         change.update(before["pairs"][kept], made["pairs"][kept], "kept")
         change.update(before[target], made[target], "target")
@@ -230,7 +230,7 @@ def cell(name: str, kind: str, target: str, seed: int, work: Path) -> None:
     atomic_write(file, json.dumps(record, indent=1) + "\n")
 
 
-# ---- the table ------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 
 def pooled(records: list[dict[str, Any]], group: str) -> tuple[int, int]:
@@ -269,7 +269,7 @@ def render(kind: str, work: Path) -> str:
         groups = sorted({g for g in first[0]["counts"] if g.startswith(("digit/", "ink/"))})
         base = {g: rate(pooled(first, g)) for g in ("digit/", "ink/", *groups)}
         lines += [
-            f"## {kind}: erase the {factor} “{target}”",
+            f"## {kind}: erase the {factor} '{target}'",
             "",
             f"Chance is {100 * chance:.0f} %. {len(first)} seeds pooled; pictures per row: "
             f"{pooled(first, 'target')[1]} of the target, {pooled(first, 'synonym')[1]} of its "
@@ -324,13 +324,13 @@ def render(kind: str, work: Path) -> str:
 HEAD = """# Concept removal on the digit world
 
 `python benchmarks/concept_table.py`, then `--model transformer`. Rates in % with 95 % Wilson
-intervals. “Target”: pictures for sentences with the concept's word, none of which but the bare word
-the methods were given alike; “in pairs”: for “a photo of a (ink) (digit)” with it. Kept rates are
-over the pairs without the target. “Reaches”: target at most at chance, and kept digits and inks both
-at most 3 points below the original. KID with the shipped CLIP's features, against the original's
-pictures of the same seeds. “Inversion” learns one new token for the concept on the edited model from
-the original's pictures (smoke budget): what it brings back was hidden, not removed. “Retrained” never
-saw a picture of the target. Seconds are processor time on one thread.
+intervals. *Target*: pictures for sentences with the concept's word; but for the bare word, other
+sentences than those the methods were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept
+rates are over the pairs without the target. *Reaches*: target at most at chance, and kept digits and
+inks both at most 3 points below the original. KID with the shipped CLIP's features, against the
+original's pictures of the same seeds. *Inversion* learns one new token for the concept on the edited
+model from the original's pictures (smoke budget): what it brings back was hidden, not removed.
+*Retrained* never saw a picture of the target. Seconds are processor time on one thread.
 
 The judge reads real test pictures with {digit:.1f} % (digit), {ink:.1f} % (ink) accuracy.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from mmforget.attacks.report import (
     judged,
     measured,
 )
-from mmforget.attacks.soft_tokens import SoftTokens
+from mmforget.attacks.soft_tokens import SoftTokens, input_rows
 from mmforget.concept import ConceptSpec
 from mmforget.errors import ConfigurationError
 from mmforget.models.diffusion import DiffusionGenerator
@@ -139,7 +140,8 @@ def inversion_attack(
         cases = concept_cases(model, original, list(usable), judge_fn, pictures, sampling)
         known = cases.images[cases.counted()] if images is None else images
         known = known[: preset.examples] if images is None else known
-        after, details = None, {"examples": len(known)}
+        after: Tensor | None = None
+        details: dict[str, Any] = {"examples": len(known)}
         if len(known):
             vectors, details["loss"] = _learn(
                 model, soft, known, readable, init, lr, steps, preset.batch_size, seed
@@ -192,7 +194,7 @@ def _learn(
     vectors = {key: value.requires_grad_(True) for key, value in soft.initial(init).items()}
     groups = []
     for key, value in vectors.items():
-        rows = model.text_encoders[key].get_input_embeddings().weight
+        rows = input_rows(model.text_encoders[key])
         size = float(rows.detach().float().square().mean().sqrt())
         groups.append({"params": [value], "lr": lr * size / USUAL_RMS})
     optimizer = torch.optim.Adam(groups)

@@ -87,12 +87,13 @@ def _spelt(tokenizer: Any, ids: Iterable[int | None]) -> list[str]:
 def word_rows(model: DiffusionGenerator, words: Vocabulary) -> dict[str, Tensor]:
     """Per text encoder the (M, d) embeddings of a vocabulary, in single precision."""
     return {
-        key: _weight(encoder)[words.ids[key].to(_weight(encoder).device)].detach().float()
+        key: input_rows(encoder)[words.ids[key].to(input_rows(encoder).device)].detach().float()
         for key, encoder in model.text_encoders.items()
     }
 
 
-def _weight(encoder: Any) -> Tensor:
+def input_rows(encoder: Any) -> Tensor:
+    """(V, d) word embeddings of a text encoder, the parameter itself."""
     weight: Tensor = encoder.get_input_embeddings().weight
     return weight
 
@@ -168,7 +169,7 @@ class SoftTokens:
         """
         start = {}
         for key, tokenizer in tokenizers(self.model).items():
-            weight = _weight(self.model.text_encoders[key]).detach().float()
+            weight = input_rows(self.model.text_encoders[key]).detach().float()
             if word is not None:
                 ids = _plain(tokenizer, [word])[0]
                 if not ids:
@@ -190,7 +191,7 @@ class SoftTokens:
         fired: set[str] = set()
         with ExitStack() as stack:
             for key, encoder in self.model.text_encoders.items():
-                weight = _weight(encoder)
+                weight = input_rows(encoder)
                 for module in encoder.modules():
                     # T5 has two layers of one weight; `get_input_embeddings` is the unused one.
                     if isinstance(module, nn.Embedding) and module.weight is weight:

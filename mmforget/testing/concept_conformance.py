@@ -126,18 +126,17 @@ class ConceptMethodChecks(MethodChecks):
     def erased(self) -> Run:
         """The run whose effect is judged."""
         model = shipped_generator()
-        factors = self.make_judge().factors
-        own = next(name for name in ("digit", "ink") if self.target in factors[name])
+        phrases = {
+            word: template.format(word)
+            for name, template in (("digit", "the digit {}"), ("ink", "a {} digit"))
+            for word in self.make_judge().factors[name]
+        }
         concept = ConceptSpec(
             self.target,
-            anchor="a digit" if own == "digit" else "a picture",
-            preserve=tuple(
-                template.format(word)
-                for name, template in (("digit", "the digit {}"), ("ink", "a {} digit"))
-                for word in factors[name]
-                if word != self.target
-            ),
-            templates=("{}",) if own == "digit" else INK_TEMPLATES[:2],
+            synonyms=(phrases.pop(self.target),),
+            anchor="a digit",
+            preserve=tuple(phrases.values()),
+            templates=("{}",),
         )
         method = self.make_effective(model, concept)
         self.fit(method, max_steps=self.effect_steps)

@@ -89,9 +89,14 @@ def test_a_concealed_colour_comes_back(shipped, concealed):
 
 @pytest.mark.slow
 def test_the_attack_works_on_the_original_and_fails_where_the_colour_is_gone(shipped, scrambled):
-    seen = sees(load_judge(), "ink", "green")
-    sane = inversion_attack(shipped, shipped, GREEN, seen)
-    assert sane.pre_rate == 1.0 and sane.attack_rate >= 0.8
-    for model in (scrambled, shipped.fresh(0)):
-        gone = inversion_attack(model, shipped, GREEN, seen)
-        assert gone.pre_rate <= 0.2 and gone.attack_rate <= 0.2
+    effort = {"steps": 60, "pictures": 4, "lr": 0.01, "sampling_steps": 8}
+    red = ConceptSpec("red", templates=("a {} digit",))
+    for model, spec, least, most in (
+        (shipped, GREEN, 0.7, 1.0),
+        (shipped, red, 0.7, 1.0),
+        (scrambled, red, 0.0, 0.3),
+    ):
+        seen = sees(load_judge(), "ink", spec.target)
+        found = inversion_attack(model, shipped, spec, seen, **effort)
+        assert least <= found.attack_rate <= most
+        assert least <= found.pre_rate <= most

@@ -132,10 +132,13 @@ def test_latent_inversion_finds_the_colour_but_not_in_other_pictures(shipped):
 def test_what_cannot_be_drawn_does_not_come_back_and_what_is_concealed_does(
     attack, shipped, concealed, scrambled
 ):
-    seen = sees(load_judge(), "ink", "green")
-    gone = attack(scrambled, shipped, GREEN, seen, reference=scrambled)
-    assert gone.pre_rate <= 0.2 and gone.attack_rate <= 0.2
+    effort = {"pictures": 4, "sampling_steps": 8}
+    red = ConceptSpec("red", preserve=("blue",), templates=("a {} digit",))
+    gone = attack(
+        scrambled, shipped, red, sees(load_judge(), "ink", "red"), reference=scrambled, **effort
+    )
+    assert gone.pre_rate <= 0.3 and gone.attack_rate <= 0.3
     for rates in gone.details["conditions"].values():
         assert rates["reference"] == rates["attack"]
-    hidden = attack(concealed, shipped, GREEN, seen)
-    assert hidden.pre_rate <= 0.2 and hidden.attack_rate >= 0.8
+    hidden = attack(concealed, shipped, GREEN, sees(load_judge(), "ink", "green"), **effort)
+    assert hidden.pre_rate <= 0.3 and hidden.attack_rate >= 0.7
