@@ -55,7 +55,7 @@ RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_world"
 MODELS = {"unet": "diffusion_unet", "transformer": "diffusion_transformer"}
 STEPS, GUIDANCE, COMBINATIONS, TEMPLATED = 12, 3.0, 3, 6
-PICTURES_SEED = 1000
+PICTURES_SEED, REFERENCE_SEED = 1000, 2000
 """Pictures of the evaluation come from seeds that no tuning has looked at."""
 
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "a drawing of a {}", "an image of a {}")
@@ -92,25 +92,53 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+BANK = {
+    "batch_size": 8,
+    "retain_batch_size": 16,
+    "trajectories": 4,
+    "retain_trajectories": 1,
+    "steps": 12,
+}
+MADE = {
+    "batch_size": 8,
+    "retain_batch_size": 16,
+    "pictures": 32,
+    "retain_pictures": 2,
+    "steps": 12,
+    "guidance": 3.0,
+}
+
 METHODS: dict[str, Row] = {
-    "UCE": Row(UCE),
-    "RECE": Row(RECE),
-    "ESD-x": Row(ESD, 200, {"weights": "x", "lr": 3e-4}),
-    "ESD-x-strict": Row(ESD, 200, {"weights": "x-strict", "lr": 3e-4}),
-    "ESD-u": Row(ESD, 200, {"weights": "u", "lr": 3e-4}),
-    "ESD-LoRA": Row(ESD, 200, {"weights": "x", "lora_rank": 4, "lr": 1e-3}),
-    "Concept ablation": Row(ConceptAblation, 200, {"lr": 3e-4}),
-    "SalUn": Row(ConceptSalUn, 200, {"lr": 3e-4}),
+    "UCE": Row(UCE, 0, {"scope": "last", "preserve_scale": 1.0}),
+    "UCE defaults": Row(UCE),
+    "RECE": Row(RECE, 0, {"scope": "last", "preserve_scale": 1.0}),
+    "ESD-x": Row(ESD, 150, BANK | {"weights": "x", "lr": 1e-3}),
+    "ESD-x-strict": Row(ESD, 150, BANK | {"weights": "x-strict", "lr": 1e-3}),
+    "ESD-u": Row(ESD, 150, BANK | {"weights": "u", "lr": 1.5e-4}),
+    "ESD-LoRA": Row(ESD, 150, BANK | {"weights": "x", "lora_rank": 4, "lr": 3e-3}),
+    "Concept ablation": Row(ConceptAblation, 200, MADE | {"lr": 2e-3}),
+    "SalUn": Row(ConceptSalUn, 150, MADE | {"lr": 5e-4}),
     "SLD strong": Row(SLD, 0, {"preset": "strong"}),
+    "SLD max": Row(SLD, 0, {"preset": "max"}),
 }
 REFERENCES = ("original", "negative prompt", "retrained")
-TUNING = ""
+TUNING = (
+    "found with the UNet, method seed 0 and pictures of another seed (500), one to six settings per "
+    "method, most of them for 'seven' only; UCE and RECE also for 'red', after a first run of their "
+    "defaults (shown) had left a third of it; used unchanged for all seeds, both concepts and both "
+    "models"
+)
+
+
+def pairs(model: DiffusionGenerator, seed: int) -> Tensor:
+    """Pictures of all pairs of digit and ink."""
+    prompts = [f"a photo of a {ink} {digit}" for digit in DIGITS for ink in INKS]
+    return model.generate(prompts, COMBINATIONS, seed)
 
 
 def pictures(model: DiffusionGenerator, concept: ConceptSpec, seed: int) -> dict[str, Tensor]:
     """Everything that is judged: all pairs of digit and ink, and the templates of every word."""
-    pairs = [f"a photo of a {ink} {digit}" for digit in DIGITS for ink in INKS]
-    made = {"pairs": model.generate(pairs, COMBINATIONS, PICTURES_SEED + seed)}
+    made = {"pairs": pairs(model, PICTURES_SEED + seed)}
     for word in concept.words:
         prompts = [sentence.format(word) for sentence in SENTENCES[concept.target]]
         made[word] = model.generate(prompts, TEMPLATED, PICTURES_SEED + seed)
@@ -121,7 +149,7 @@ def count(made: dict[str, Tensor], concept: ConceptSpec) -> dict[str, list[int]]
     """Hits and trials per group: ``target``, ``synonym``, ``digit/three``, ``ink/blue``, ..."""
     judge, factor = load_judge(), FACTOR[concept.target]
     seen = {name: values.argmax(1) for name, values in judge(made["pairs"]).items()}
-    pairs = [(d, i) for d in DIGITS for i in INKS for _ in range(COMBINATIONS)]
+    facts = [(d, i) for d in DIGITS for i in INKS for _ in range(COMBINATIONS)]
     found: dict[str, list[int]] = {}
 
     def add(group: str, hit: bool) -> None:
@@ -129,7 +157,7 @@ def count(made: dict[str, Tensor], concept: ConceptSpec) -> dict[str, list[int]]
         entry[0] += int(hit)
         entry[1] += 1
 
-    for row, (digit, ink) in enumerate(pairs):
+    for row, (digit, ink) in enumerate(facts):
         right = {
             "digit": judge.factors["digit"][int(seen["digit"][row])] == digit,
             "ink": judge.factors["ink"][int(seen["ink"][row])] == ink,
@@ -204,17 +232,21 @@ def cell(name: str, kind: str, target: str, seed: int, work: Path) -> None:
     store = work / kind / target / f"original-{seed}.pt"
     if name == "original":
         store.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(made, store)
+        # Of other seeds: the kernel distance is for independent samples.
+        torch.save(made | {"reference": pairs(model, REFERENCE_SEED + seed)}, store)
     before = torch.load(store, weights_only=True)
     kept = torch.tensor(
         [target not in (d, i) for d in DIGITS for i in INKS for _ in range(COMBINATIONS)]
     )
-    record: dict[str, Any] = {"counts": count(made, concept), "seconds": seconds}
+    distance = KernelDistance()
+    distance.update(before["reference"][kept], reference=True)
+    distance.update(made["pairs"][kept], reference=False)
+    record: dict[str, Any] = {
+        "counts": count(made, concept),
+        "seconds": seconds,
+        "kid": float(distance.compute()["distance"]),
+    }
     if name != "original":
-        distance = KernelDistance()
-        distance.update(before["pairs"][kept], reference=True)
-        distance.update(made["pairs"][kept], reference=False)
-        record["kid"] = float(distance.compute()["distance"])
         change = PairedChange(["kept", "target"])
         change.update(before["pairs"][kept], made["pairs"][kept], "kept")
         change.update(before[target], made[target], "target")
@@ -222,7 +254,7 @@ def cell(name: str, kind: str, target: str, seed: int, work: Path) -> None:
     threshold = noise_threshold(before["pairs"])
     empty = vacuous(made[target], noise_below=threshold, cell=2)
     record["vacuous"] = float((empty["constant"] | empty["noise"]).float().mean())
-    if name != "negative prompt":
+    if name != "negative prompt" and seed == 0:
         original = load_generator(ASSETS / MODELS[kind], steps=STEPS, guidance=GUIDANCE)
         judge_fn = sees(load_judge(), FACTOR[target], target)
         report = inversion_attack(model, original, concept, judge_fn, seed=PICTURES_SEED + seed)
@@ -328,8 +360,10 @@ intervals. *Target*: pictures for sentences with the concept's word; but for the
 sentences than those the methods were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept
 rates are over the pairs without the target. *Reaches*: target at most at chance, and kept digits and
 inks both at most 3 points below the original. KID with the shipped CLIP's features, against the
-original's pictures of the same seeds. *Inversion* learns one new token for the concept on the edited
-model from the original's pictures (smoke budget): what it brings back was hidden, not removed.
+original's
+pictures of other seeds (its own value is the noise floor). *Inversion* learns one new token for the concept on the edited
+model from the original's pictures (smoke budget,
+first seed): what it brings back was hidden, not removed.
 *Retrained* never saw a picture of the target. Seconds are processor time on one thread.
 
 The judge reads real test pictures with {digit:.1f} % (digit), {ink:.1f} % (ink) accuracy.

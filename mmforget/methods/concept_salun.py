@@ -233,11 +233,11 @@ class ConceptSalUn(MaskedTraining, DenoisingMethod):
         self.mask.copy_(most_salient(total, self.mask_fraction, type(self).__name__))
         self._made = []
 
+    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def _gradient(self, records: DenoisingRecords) -> Tensor:
         """Summed gradient (P,) of the diffusion loss over records with true targets."""
         trained, total = self._trained(), torch.zeros(len(self.mask), device=self.device)
-        with torch.no_grad():
-            table, empty = self.model.encode(list(records.prompts)), self.model.unconditional()
+        table, empty = self.model.encode(list(records.prompts)), self.model.unconditional()
         w = self.mask_guidance
         for start in range(0, len(records), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(records)))

@@ -49,6 +49,10 @@ class SLD(ConceptMethod):
     loaded by diffusers alone draws the concept as before. Every step costs half as much again as
     without, per concept.
 
+    The strength follows the difference between the predictions for the prompt and for the words of
+    the concept. A prompt that consists of these very words has none, and is drawn as before; give
+    synonyms, so that the words together are no prompt that anybody types.
+
     Args:
         model, concepts, copy, seed: see `ConceptMethod`. The words of a concept are joined by
             commas into one prompt; several concepts have one prompt each.

@@ -229,7 +229,8 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
             table = self.model.encode([p for r in records.values() for p in r.prompts])
         self.records, self._table = records, table
         if self.global_rank == 0:  # every process makes them; the cost counts once
-            self.spend(*(part.passes for part in records.values()))
+            self.spend(forget=records["forget"].passes)
+            self.spend(retain=retained.passes if retained is not None else 0)
 
     def teardown(self, stage: str) -> None:
         """Nothing to lift: there is no data module."""

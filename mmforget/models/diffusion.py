@@ -908,7 +908,10 @@ def load_generator(
     path = Path(source).expanduser()
     local = path.exists() or str(source).startswith((".", "/", "~"))
     if local:
-        name = _class_of(path, source)
+        index = _index(path, source)
+        name = index["_class_name"]
+        # A part that was left out, such as SD3's third text encoder, must be left out explicitly.
+        settings = {key: None for key, value in index.items() if value == [None, None]} | settings
         if name not in PIPELINES:
             raise ModelError(
                 f"'{source}' holds a {name}, which is no supported text-to-image pipeline; "
@@ -949,8 +952,8 @@ def load_generator(
     return model
 
 
-def _class_of(folder: Path, source: str | Path) -> str:
-    """Name of the pipeline in a local folder."""
+def _index(folder: Path, source: str | Path) -> dict[str, Any]:
+    """The parts of the pipeline in a local folder."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise MissingFileError(
@@ -958,7 +961,9 @@ def _class_of(folder: Path, source: str | Path) -> str:
             "written by `pipe.save_pretrained`, or a hub id"
         )
     try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        found: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+        found["_class_name"] = str(found["_class_name"])
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"'{index}' is damaged, it names no pipeline; download or save it again"

@@ -24,7 +24,7 @@ from mmforget.concept import ConceptSpec
 from mmforget.data.digit_captions import DIGIT_TEMPLATES, INK_TEMPLATES
 from mmforget.errors import AccessError
 from mmforget.methods.base import ForgettingMethod
-from mmforget.metrics.judge import Judge, load_judge
+from mmforget.metrics.judge import load_judge
 from mmforget.models.base import state_hash
 from mmforget.models.diffusion import DiffusionGenerator, load_generator
 from mmforget.testing.conformance import (
@@ -42,6 +42,10 @@ MakeConceptMethod = Callable[[Any, ConceptSpec], ForgettingMethod]
 TINY_CONCEPT = ConceptSpec(
     "van gogh", synonyms=("church",), anchor="art", preserve=("monet", "a cat"), kind="style"
 )
+
+
+_ORIGINAL: dict[tuple[Callable[[], Any], int], dict[str, float]] = {}
+"""What the shipped generator draws; it is the same for all methods."""
 
 
 def tiny_generator() -> DiffusionGenerator:
@@ -84,7 +88,7 @@ class ConceptMethodChecks(MethodChecks):
         retain_drop: float = 0.1,
         pictures: int = 4,
         model: Callable[[], DiffusionGenerator] = tiny_generator,
-        judge: Callable[[], Judge] = load_judge,
+        judge: Callable[[], Any] = load_judge,
     ) -> None:
         super().__init__(
             lambda given: method(given, TINY_CONCEPT),
@@ -134,7 +138,8 @@ class ConceptMethodChecks(MethodChecks):
         concept = ConceptSpec(
             self.target,
             synonyms=(phrases.pop(self.target),),
-            anchor="a digit",
+            # A particular one: pictures of just any digit would show the target now and then.
+            anchor=phrases["three" if self.target != "three" else "two"],
             preserve=tuple(phrases.values()),
             templates=("{}",),
         )
@@ -184,7 +189,10 @@ class ConceptMethodChecks(MethodChecks):
             method.no_op == (method.edits_weights and not changed),
             f"{self.name} reports `no_op={method.no_op}`",
         )
-        before, after = self.rates(given), self.rates(result)
+        key = (self.make_judge, self.pictures)
+        if key not in _ORIGINAL:
+            _ORIGINAL[key] = self.rates(given)
+        before, after = _ORIGINAL[key], self.rates(result)
         _require(
             before[self.target] > self.forget_at_most + 0.3,
             f"the original draws '{self.target}' in only {before[self.target]:.2f} of its "
@@ -212,6 +220,8 @@ class ConceptMethodChecks(MethodChecks):
     def check_saving(self) -> None:
         """Parameter names are the original's, and a loaded folder draws the same pictures."""
         run = self.plain
+        given: Any = run.given
+        result: Any = run.result
         _require(
             list(run.result.state_dict()) == list(run.given.state_dict()),
             f"{self.name} returns a model whose parameters are named otherwise than the original's",
@@ -224,12 +234,12 @@ class ConceptMethodChecks(MethodChecks):
             state_hash(loaded) == state_hash(run.result),
             f"{self.name}: the loaded weights differ from those that were saved",
         )
-        one, other = (m.generate(prompts, n=1, seed=0, steps=12) for m in (run.result, loaded))
+        one, other = (m.generate(prompts, n=1, seed=0, steps=12) for m in (result, loaded))
         _require(
             torch.equal(one, other),
             f"{self.name}: the loaded model draws other pictures than the saved one",
         )
-        plain = run.given.generate(prompts, n=1, seed=0, steps=12)
+        plain = given.generate(prompts, n=1, seed=0, steps=12)
         _require(
             not torch.equal(one, plain),
             f"{self.name}: the result draws the pictures of the original",

@@ -5,6 +5,7 @@ import torch
 
 from mmforget.attacks import adversarial_prompt_attack, sees
 from mmforget.attacks.adversarial_prompt import reads_as, to_simplex
+from mmforget.attacks.report import Sampling
 from mmforget.attacks.soft_tokens import vocabulary
 from mmforget.concept import ConceptSpec
 from mmforget.errors import ConfigurationError
@@ -87,18 +88,18 @@ def test_wrong_settings():
             adversarial_prompt_attack(model, model, CAT, everything, **{**QUICK, **setting})
 
 
-def test_the_search_finds_a_word_that_still_means_the_concept(shipped):
+def test_the_search_finds_words_that_bring_the_concept_back(shipped):
     model = copy.deepcopy(shipped)
     rows = model.text_encoders["text_encoder"].get_input_embeddings().weight
-    red, other = model.pipeline.tokenizer("red something", add_special_tokens=False).input_ids
+    green, other = model.pipeline.tokenizer("green something", add_special_tokens=False).input_ids
     with torch.no_grad():
-        rows[red] = rows[other]  # but "scarlet" is untouched
-    spec = ConceptSpec("red", preserve=("blue",), templates=("a {} digit",))
+        rows[green] = rows[other]  # but "emerald" is untouched
+    spec = ConceptSpec("green", preserve=("blue",), templates=("a {} digit",))
     found = adversarial_prompt_attack(
         model,
         shipped,
         spec,
-        sees(load_judge(), "ink", "red"),
+        sees(load_judge(), "ink", "green"),
         tokens=2,
         times=4,
         iterations=10,
@@ -107,5 +108,14 @@ def test_the_search_finds_a_word_that_still_means_the_concept(shipped):
     )
     assert found.n >= 2 and found.pre_rate <= 0.4
     assert found.attack_rate >= 0.6
-    assert "scarlet" in found.prompts[0]["best_prompt"]
+    # What it found is an ordinary prompt, which works on its own.
+    seen = sees(load_judge(), "ink", "green")
+    sampling = Sampling(0, 8)
+    text = found.prompts[0]["best_prompt"]
+    images = sampling.pictures(
+        model, [("a green digit", n) for n in range(3)], model.encode([text])
+    )
+    assert float(seen(images).float().mean()) == pytest.approx(
+        found.details["tried"]["a green digit"][text]
+    )
     assert found.floor < found.attack_rate
