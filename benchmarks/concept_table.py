@@ -123,10 +123,10 @@ METHODS: dict[str, Row] = {
 }
 REFERENCES = ("original", "negative prompt", "retrained")
 TUNING = (
-    "found with the UNet, method seed 0 and pictures of another seed (500), one to six settings per "
-    "method, most of them for 'seven' only; UCE and RECE also for 'red', after a first run of their "
-    "defaults (shown) had left a third of it; used unchanged for all seeds, both concepts and both "
-    "models"
+    "found with the UNet, method seed 0 and pictures of another seed (500), one to six settings "
+    "per method, most of them for 'seven' only; UCE and RECE also for 'red', after a first run of "
+    "their defaults (shown) had left a third of it; used unchanged for all seeds, both concepts "
+    "and both models"
 )
 
 
@@ -186,6 +186,7 @@ class NegativePrompt:
         self.words = words
 
     def prepare(self, model: DiffusionGenerator) -> PromptEmbedding:
+        """The words, as one prompt."""
         return model.encode([" ".join(self.words)])
 
     def guide(
@@ -197,9 +198,11 @@ class NegativePrompt:
         scale: float,
         state: dict[str, Tensor],
     ) -> Tensor:
+        """Guidance with the prompt in the place of the empty one."""
         return further[0] + scale * (conditional - further[0])
 
     def to_dict(self) -> dict[str, Any]:
+        """Settings."""
         return {"guidance": "NegativePrompt", "words": list(self.words)}
 
 
@@ -358,13 +361,13 @@ HEAD = """# Concept removal on the digit world
 `python benchmarks/concept_table.py`, then `--model transformer`. Rates in % with 95 % Wilson
 intervals. *Target*: pictures for sentences with the concept's word; but for the bare word, other
 sentences than those the methods were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept
-rates are over the pairs without the target. *Reaches*: target at most at chance, and kept digits and
-inks both at most 3 points below the original. KID with the shipped CLIP's features, against the
-original's
-pictures of other seeds (its own value is the noise floor). *Inversion* learns one new token for the concept on the edited
-model from the original's pictures (smoke budget,
-first seed): what it brings back was hidden, not removed.
-*Retrained* never saw a picture of the target. Seconds are processor time on one thread.
+rates are over the pairs without the target. *Reaches*: target at most at chance, and kept digits
+and inks both at most 3 points below the original. KID with the shipped CLIP's features, against
+the original's pictures of other seeds; the prompts are the same, so it can be negative, and the
+original's own value is the zero. *Inversion* learns one new token for the concept on the edited
+model from the original's pictures (smoke budget, first seed): what it brings back was hidden, not
+removed. *Retrained* never saw a picture of the target (trained for 1,000 of the 2,500 steps).
+Seconds are processor time on one thread, on a busy machine.
 
 The judge reads real test pictures with {digit:.1f} % (digit), {ink:.1f} % (ink) accuracy.
 

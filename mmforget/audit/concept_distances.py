@@ -44,9 +44,9 @@ def measure_distances(scene: ConceptScene, rows: Rows) -> None:
                     lambda p=places, n=name: _kernel(scene, features, n, p),  # type: ignore[misc]
                     direction="none" if role == "target" else "lower",
                 )  # fmt: skip
-        for role, places in everything.items():
+        for group, places in everything.items():
             rows.add(
-                "empty_pictures", name, role,
+                "empty_pictures", name, group,
                 lambda n=name, p=places: _empty(scene, n, p),  # type: ignore[misc]
             )  # fmt: skip
 
@@ -90,11 +90,21 @@ def _kernel(scene: ConceptScene, features: Any, model: str, places: list[int]) -
 
     if len(places) < 2:
         return Measured(None, note="needs at least two pictures")
-    first = scene.original.entry.name
+    # The estimate is unbiased for independent samples only, which pictures of the same seeds are
+    # not: they would make it negative for every edit that changes little.
+    other = next((name for name in scene.pictures if name.startswith("identity")), None)
+    if other is None:
+        return Measured(None, note="needs the control with other seeds (`identity`)")
+    if model == other:
+        other = scene.original.entry.name
     value = kernel_distance(
-        features(_at(scene, first, places)), features(_at(scene, model, places))
+        features(_at(scene, other, places)), features(_at(scene, model, places))
     )
-    details = {"features": features.name, "features_hash": features.hash or "unknown"}
+    details = {
+        "features": features.name,
+        "features_hash": features.hash or "unknown",
+        "reference": "the original's pictures of other seeds",
+    }
     return Measured(float(value), n=len(places), details=details)
 
 

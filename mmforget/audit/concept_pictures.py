@@ -221,12 +221,12 @@ def render(
         return torch.cat(made)
     shares: list[list[Tensor]] = [[] for _ in range(world)]
     torch.distributed.all_gather_object(shares, made)
-    parts = [torch.cat(share) if share else None for share in shares]
-    first = next(part for part in parts if part is not None)
+    joined = [torch.cat(share) if share else None for share in shares]
+    first = next(share for share in joined if share is not None)
     whole = torch.empty(len(rows), *first.shape[1:], dtype=torch.uint8)
-    for index, part in enumerate(parts):
-        if part is not None:
-            whole[index::world] = part
+    for index, share in enumerate(joined):
+        if share is not None:
+            whole[index::world] = share
     return whole
 
 

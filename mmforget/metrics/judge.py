@@ -31,11 +31,15 @@ PHOTO_TEMPLATES = ("a photo of the {}",)
 class Judge(Protocol):
     """Reads facts from pictures. It must not share weights with the model that made them."""
 
-    factors: Mapping[str, tuple[str, ...]]
-    """Per factor, such as ``digit``, its possible values in the order of the probabilities."""
+    @property
+    def factors(self) -> Mapping[str, tuple[str, ...]]:
+        """Per factor, such as ``digit``, its possible values in the order of the probabilities."""
+        ...
 
-    accuracy: Mapping[str, float]
-    """Per factor, the share of real pictures that is read correctly; empty if it is unknown."""
+    @property
+    def accuracy(self) -> Mapping[str, float]:
+        """Per factor, the share of real pictures that is read correctly; empty if unknown."""
+        ...
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return per factor (B, K) probabilities for images (B, 3, H, W) in [0, 1]."""
