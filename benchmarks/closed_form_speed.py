@@ -3,12 +3,13 @@
     python benchmarks/closed_form_speed.py          # about a minute on one core
     python benchmarks/closed_form_speed.py --unet   # also through diffusers, on a whole UNet
 
-Random weights in the shapes of the real networks and random embeddings; five sentences per concept,
-20 preserved prompts and the empty one, last token only. Both sides compute in the same precision:
-the systems in float64. The dense side is written as usual, ``A = lam I + C^T C + p P^T P``, its
-inverse, and ``W_new = (lam W + (G W^T)^T C + p (P W^T)^T P) A^-1``, once per layer as in public
-code; every distinct shape is timed and multiplied by its count. Ours solves once and gives the LoRA
-factors of every layer.
+Random weights in the shapes of the real networks and random embeddings; one or five sentences per
+concept, 20 preserved prompts and the empty one, last token only. Both sides compute in the same
+precision: the systems in float64. The dense side is written as usual,
+``A = lam I + C^T C + p P^T P``, its inverse, and
+``W_new = (lam W + (G W^T)^T C + p (P W^T)^T P) A^-1``, once per layer as in public code; every
+distinct shape is timed and multiplied by its count. Ours solves once and gives the LoRA factors of
+every layer.
 
 Writes `benchmarks/results/closed_form_speed.md`.
 """
@@ -31,7 +32,8 @@ from mmforget.models.weight_edit import WeightEdit
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES, PRESERVED, RIDGE, KEEP = 5, 20, 1e-3, 0.1
-CONCEPTS = (1, 10, 100)
+CONCEPTS = ((1, 1), (1, SENTENCES), (10, SENTENCES), (100, SENTENCES))
+"""Numbers of concepts, and of sentences for each."""
 
 
 def sd15() -> list[tuple[int, int]]:
@@ -92,10 +94,10 @@ def measure(name: str, shapes: list[tuple[int, int]], pooled: bool) -> list[list
     draw = torch.Generator().manual_seed(0)
     table = []
     stored = {s: torch.randn(s, generator=draw) / s[1] ** 0.5 for s in {*shapes, POOLED}}
-    for count in CONCEPTS:
+    for count, sentences in CONCEPTS:
         groups: list[Group] = []
         for wanted in [shapes, *([[POOLED]] if pooled else [])]:
-            width, n = wanted[0][1], count * SENTENCES
+            width, n = wanted[0][1], count * sentences
             erase, keep = rows(n, width, draw), rows(PRESERVED + 1, width, draw)
             guide = keep[:1].expand(n, -1)
             groups.append(([stored[shape] for shape in wanted], erase, guide, keep))
@@ -116,7 +118,7 @@ def measure(name: str, shapes: list[tuple[int, int]], pooled: bool) -> list[list
         table.append(
             [
                 name,
-                str(count),
+                f"{count} × {sentences}",
                 f"{fast:.3f}",
                 f"{slow:.2f}",
                 f"{slow / fast:.0f}",
@@ -174,8 +176,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     head = [
-        "network", "concepts", "ours s", "dense s", "times faster", "LoRA MB", "times smaller",
-        "edit MB", "times smaller", "largest difference",
+        "network", "concepts × sentences", "ours s", "dense s", "times faster", "LoRA MB",
+        "times smaller", "edit MB", "times smaller", "largest difference",
     ]  # fmt: skip
     table = measure("SD 1.5", sd15(), False) + measure("SDXL", sdxl(), True)
     lines = ["# Closed-form edits: one solve against one dense inverse per layer", ""]

@@ -45,7 +45,11 @@ from mmforget.report.markdown import render_markdown
 
 SHIPPED = Path(mmforget.__file__).parent / "assets" / "digit_world" / "diffusion_unet"
 RED = ConceptSpec(
-    "red", synonyms=("scarlet",), preserve=("green", "blue"), templates=("{}", "a {} digit")
+    "red",
+    synonyms=("scarlet",),
+    anchor="white",
+    preserve=("green", "blue"),
+    templates=("{}", "a {} digit"),
 )
 QUICK = ConceptAuditSettings(
     pictures=6,
@@ -69,7 +73,7 @@ def judge() -> Any:
 
 @pytest.fixture(scope="module")
 def erased(original: DiffusionGenerator) -> DiffusionGenerator:
-    return DiffusionGenerator(mmforget.erase(original, RED))
+    return DiffusionGenerator(mmforget.erase(original, RED, max_drift=1.0))
 
 
 @pytest.fixture(scope="module")
