@@ -77,8 +77,7 @@ ROWS = {
 }
 # Training on a real, if small, generator takes 10 to 30 seconds.
 EFFECTS = [
-    pytest.param(row, marks=[] if row in ("UCE", "SLD", "ESD-lora") else pytest.mark.slow)
-    for row in ROWS
+    pytest.param(row, marks=[] if row in ("UCE", "ESD-lora") else pytest.mark.slow) for row in ROWS
 ]
 
 
