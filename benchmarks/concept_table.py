@@ -146,8 +146,8 @@ TUNING = (
     "per method; those of ESD-x, ESD-LoRA and UCE also after a first look at this table, which "
     "showed that UCE's defaults leave a third of 'red', and that ESD with eta 1 and a single "
     "retained trajectory takes 'pink' with it. UCE and RECE have their token scope chosen per "
-    "concept, by the judge on those other pictures; the rows 'defaults' and 'last' show each choice "
-    "alone. Used unchanged for all seeds"
+    "concept, by the judge on those other pictures; the rows 'defaults' and 'last' show each "
+    "choice alone. Used unchanged for all seeds"
 )
 
 
