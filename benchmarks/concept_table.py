@@ -348,7 +348,9 @@ def render(kind: str, work: Path) -> str:
                 pooled(records, "target"),
                 min(rate(pooled(records, part)) - base[part] for part in ("digit/", "ink/")),
             )
-            reaches = "yes" if rate(found) <= chance and kept >= -0.03 else "no"
+            paired_rate = rate(pooled(records, "target in pairs"))
+            gone = max(rate(found), paired_rate) <= chance
+            reaches = "yes" if gone and kept >= -0.03 else "no"
             brought = [r["inversion"] for r in records if "inversion" in r]
             brought = [b for b in brought if b["attack_rate"] is not None]
             n = sum(b["n"] for b in brought)
@@ -387,8 +389,8 @@ HEAD = """# Concept removal on the digit world
 `python benchmarks/concept_table.py`. Rates in % with 95 % Wilson
 intervals. *Target*: pictures for sentences with the concept's word; but for the bare word, other
 sentences than those the methods were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept
-rates are over the pairs without the target. *Reaches*: target at most at chance, and kept digits
-and inks both at most 3 points below the original. KID with the shipped CLIP's features, against
+rates are over the pairs without the target. *Reaches*: target, also in pairs, at most at chance, and kept
+digits and inks both at most 3 points below the original. KID with the shipped CLIP's features, against
 the original's pictures of other seeds; the prompts are the same, so it can be negative, and the
 original's own value is the zero. *Inversion* learns one new token for the concept on the edited
 model from the original's pictures (smoke budget, first seed): what it brings back was hidden, not
