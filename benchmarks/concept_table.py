@@ -386,16 +386,16 @@ def render(kind: str, work: Path) -> str:
 
 HEAD = """# Concept removal on the digit world
 
-`python benchmarks/concept_table.py`. Rates in % with 95 % Wilson
-intervals. *Target*: pictures for sentences with the concept's word; but for the bare word, other
-sentences than those the methods were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept
-rates are over the pairs without the target. *Reaches*: target, also in pairs, at most at chance, and kept
-digits and inks both at most 3 points below the original. KID with the shipped CLIP's features, against
-the original's pictures of other seeds; the prompts are the same, so it can be negative, and the
-original's own value is the zero. *Inversion* learns one new token for the concept on the edited
-model from the original's pictures (smoke budget, first seed): what it brings back was hidden, not
-removed. *Retrained* never saw a picture of the target (trained for 1,000 of the 2,500 steps).
-Seconds are processor time on one thread, on a busy machine.
+`python benchmarks/concept_table.py`. Rates in % with 95 % Wilson intervals. *Target*: pictures for
+sentences with the concept's word; but for the bare word, other sentences than those the methods
+were given. *In pairs*: "a photo of a (ink) (digit)" with it. Kept rates are over the pairs without
+the target. *Reaches*: target, also in pairs, at most at chance, and kept digits and inks both at
+most 3 points below the original. KID with the shipped CLIP's features, against the original's
+pictures of other seeds; the prompts are the same, so it can be negative, and the original's own
+value is the zero. *Inversion* learns one new token for the concept on the edited model from the
+original's pictures (smoke budget, first seed): what it brings back was hidden, not removed.
+*Retrained* never saw a picture of the target (trained for 1,000 of the 2,500 steps). Seconds are
+processor time on one thread, on a busy machine.
 
 The judge reads real test pictures with {digit:.1f} % (digit), {ink:.1f} % (ink) accuracy.
 
