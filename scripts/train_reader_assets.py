@@ -1,7 +1,7 @@
 """Train the models that look at pictures of the digit world for audits.
 
-    python scripts/train_reader_assets.py judge    # about 10 minutes on one core
-    python scripts/train_reader_assets.py clip     # about 15 minutes on one core
+    python scripts/train_reader_assets.py judge    # about 5 minutes on one core
+    python scripts/train_reader_assets.py clip     # about 9 minutes on one core
 
 `judge` is a small ConvNeXt in timm's format that reads digit, ink and background; it shares no
 weights and no recipe with the generators it judges. `clip` is an open_clip folder with its own

@@ -22,6 +22,8 @@ LIBRARIES = (
     "timm",
     "torchvision",
     "transformers",
+    "diffusers",
+    "open_clip_torch",
     "peft",
     "safetensors",
     "datasets",

@@ -21,7 +21,6 @@ from mmforget.errors import ConfigurationError, suggest
 from mmforget.metrics.judge import Judge
 from mmforget.models.base import PromptEmbedding
 from mmforget.models.diffusion import DiffusionGenerator
-from mmforget.seeds import generator
 
 Budget = Literal["smoke", "standard"]
 
@@ -219,14 +218,8 @@ class Sampling:
         for start in range(0, len(keys), self.batch_size):
             part = keys[start : start + self.batch_size]
             rows = torch.arange(start, start + len(part)) % len(embedding)
-            latents = model.sample(
-                torch.cat([model.noise([p], 1, self.seed, first=number) for p, number in part]),
-                embedding[rows.to(embedding.states.device)],
-                empty,
-                steps=self.steps,
-                guidance=self.guidance,
-                draws=[generator(self.seed, "sampler", p, number) for p, number in part],
-            )
+            wanted = embedding[rows.to(embedding.states.device)]
+            latents = model.drawn(part, wanted, empty, self.seed, self.steps, self.guidance)
             made.append(model.to_images(latents).float().cpu())
         return torch.cat(made)
 

@@ -205,15 +205,8 @@ def render(
     for start in range(0, len(own), batch_size):
         part = own[start : start + batch_size]
         assert table is not None
-        noise = torch.cat([model.noise([prompt], 1, seed, first=n) for prompt, n in part])
-        latents = model.sample(
-            noise,
-            table[torch.tensor([distinct.index(prompt) for prompt, _ in part])],
-            away,
-            steps=steps,
-            guidance=guidance,
-            draws=[generator(seed, "sampler", prompt, n) for prompt, n in part],
-        )
+        wanted = table[torch.tensor([distinct.index(prompt) for prompt, _ in part])]
+        latents = model.drawn(part, wanted, away, seed, steps, guidance)
         made.append((model.to_images(latents).float().cpu() * 255).round().byte())
         if done is not None:
             done(len(part))

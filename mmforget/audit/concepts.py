@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -18,15 +16,23 @@ from mmforget.audit.concept_attacks import ATTACKS, Recovery, run_attack
 from mmforget.audit.concept_pictures import (
     Cell,
     Readings,
-    facts_in,
     floats,
     known_facts,
     plan,
-    plan_hash,
     render,
 )
 from mmforget.audit.concept_verdict import conclude
-from mmforget.audit.examples import png
+from mmforget.audit.concept_words import (
+    CONTROLS,
+    IDENTITY,
+    NEGATIVE_PROMPT,
+    NOT_CLAIMED,
+    describe,
+    examples,
+    not_measured,
+    provenance,
+    warnings,
+)
 from mmforget.audit.intervals import wilson
 from mmforget.audit.protocol import changed_share
 from mmforget.audit.results import ModelEntry, Results
@@ -41,19 +47,6 @@ from mmforget.request import ForgetRequest
 from mmforget.seeds import derive
 
 logger = logging.getLogger(__name__)
-
-NEGATIVE_PROMPT, IDENTITY = "negative prompt", "identity, other seeds"
-CONTROLS = {"negative_prompt": NEGATIVE_PROMPT, "identity": IDENTITY}
-
-NOT_CLAIMED = [
-    "No certificate of deletion: the evidence is bounded by the prompts, seeds and attacks that "
-    "were run.",
-    "A rate of 0 % means that the judge saw nothing in so many pictures; its interval says how "
-    "much that can be.",
-    "Whoever has the original weights has what was erased.",
-]
-
-PACKAGES = ("torch", "diffusers", "transformers", "lightning", "torchmetrics", "numpy")
 
 
 @dataclass(frozen=True)
@@ -325,17 +318,17 @@ def audit_generator(
         title=title or "Erase " + ", ".join(f"“{concept.target}”" for concept in specs),
         goal="concept_removal",
         requests=[ForgetRequest(concepts=specs).to_dict()],
-        data=_describe(scene, judged_by_clip),
+        data=describe(scene, judged_by_clip),
         models=entries,
         metrics=list(rows.rows.values()),
         checks=checks,
         verdict=verdict,
-        examples=_examples(scene),
-        not_measured=_not_measured(scene, rows, judged_by_clip),
+        examples=examples(scene),
+        not_measured=not_measured(scene, rows, judged_by_clip),
         not_claimed=list(NOT_CLAIMED),
-        provenance=_provenance(scene, time.perf_counter() - start, command),
+        provenance=provenance(scene, time.perf_counter() - start, command),
         tuning=settings.tuning,
-        warnings=[*scene.remarks, *_warnings(scene, rows, entries)],
+        warnings=[*scene.remarks, *warnings(scene, rows, entries)],
     )
 
 
@@ -522,150 +515,3 @@ def _costs(scene: ConceptScene, rows: Rows) -> None:
             "changed_parameters", name, "",
             lambda m=one.model: Measured(changed_share(m, before)),  # type: ignore[misc]
         )  # fmt: skip
-
-
-# ---- words ---------------------------------------------------------------------------------------
-
-
-def _describe(scene: ConceptScene, judged_by_clip: bool) -> dict[str, Any]:
-    judge = scene.judge
-    sizes = {cell.split: len(cell.rows) for cell in scene.cells}
-    facts: dict[str, Any] = {"judge": "none"}
-    if judge is not None:
-        facts = {
-            "judge": "zero-shot CLIP" if judged_by_clip else type(judge).__name__,
-            "judge_accuracy_on_real_pictures": dict(judge.accuracy) or "unknown",
-        }
-    digest = plan_hash(scene.cells, scene.sampling)
-    return {
-        "name": "pictures that the models draw",
-        "kind": "generator",
-        "hash": digest,
-        "split_hash": ForgetRequest(concepts=scene.concepts).hash,
-        "sizes": sizes,
-        "class_names": [],
-        "sampling": scene.sampling,
-        **facts,
-    }
-
-
-def _examples(scene: ConceptScene) -> list[dict[str, Any]]:
-    """Rows of pictures, the same seeds for all models but the one with other seeds."""
-    count = scene.settings.examples
-    if not count:
-        return []
-    shown = [one.entry.name for one in scene.models if one.entry.name != IDENTITY]
-    found = []
-    for cell in scene.cells:
-        kind = {"synonym": "target", "together": "target"}.get(cell.role, cell.role)
-        start = scene.places[cell.split].start
-        prompts = [prompt for prompt, _ in cell.rows]
-        # one row per cell; the pictures of different prompts would need a caption each
-        chosen = [i for i, prompt in enumerate(prompts) if prompt == prompts[0]][:count]
-        if cell.others or len(chosen) < count:
-            chosen = list(range(min(count, len(prompts))))
-        label = list(dict.fromkeys(prompts[i] for i in chosen))
-        found.append(
-            {
-                "kind": kind,
-                "prompt": " · ".join(label),
-                "count": len(chosen),
-                "images": {name: _strip(scene.pictures[name], start, chosen) for name in shown},
-            }
-        )
-    return found
-
-
-def _strip(pictures: Tensor, start: int, chosen: Sequence[int]) -> str:
-    """Pictures side by side, at most 256 pixels high, as base64 PNG."""
-    parts = floats(pictures[[start + index for index in chosen]])
-    side = parts.shape[-2]
-    if side > 256:
-        size = (256, round(256 * parts.shape[-1] / side))
-        parts = torch.nn.functional.interpolate(parts, size, mode="area")
-    gap = max(1, parts.shape[-1] // 16)
-    pieces: list[Tensor] = []
-    for part in parts:
-        if pieces:
-            pieces.append(torch.ones(3, part.shape[1], gap))
-        pieces.append(part)
-    return png(torch.cat(pieces, dim=2))
-
-
-def _not_measured(scene: ConceptScene, rows: Rows, judged_by_clip: bool) -> list[str]:
-    missing = []
-    if scene.judge is None:
-        missing.append("Rates: neither a judge nor a CLIP model was given, so nobody looked")
-    if not any(concept.preserve for concept in scene.concepts):
-        missing.append("Preserved concepts: none were named, so damage to the rest is unknown")
-    if not any(concept.synonyms for concept in scene.concepts):
-        missing.append("Synonyms: none were named")
-    if scene.judge is not None and not any(cell.others for cell in scene.cells):
-        missing.append("The other facts of prompts that name the target: no sentence for them")
-    if scene.clip is None:
-        missing.append("CLIP score and kernel distance: no CLIP model was given")
-    if scene.judge is not None:
-        left = [name for name in ATTACKS if name not in scene.settings.attacks]
-        if left:
-            missing.append(f"Attacks that were not run: {', '.join(left)}")
-    else:
-        missing.append("Attacks: they need a judge")
-    if judged_by_clip:
-        missing.append("Accuracy of the judge on real pictures: unknown for zero-shot CLIP")
-    for name, control in CONTROLS.items():
-        if control not in [one.entry.name for one in scene.models]:
-            missing.append(f"Control '{name}': not run")
-    failed = sum(bool(row.error) for row in rows.rows.values())
-    if failed:
-        missing.append(f"{failed} measurements failed; each is a row with its error")
-    return missing
-
-
-def _warnings(scene: ConceptScene, rows: Rows, entries: Sequence[ModelEntry]) -> list[str]:
-    found = []
-    first = next(entry for entry in entries if entry.role == "original")
-    for entry in entries:
-        if entry.role == "unlearned" and entry.hash == first.hash:
-            model = next(one.model for one in scene.models if one.entry.name == entry.name)
-            if model.guider is None:
-                found.append(f"'{entry.name}' has exactly the weights of the original model")
-    for concept in scene.concepts:
-        split = f"target/{concept.target}"
-        rate = rows.value("target_rate", first.name, split)
-        if rate is not None and rate < scene.settings.min_original_rate:
-            found.append(
-                f"concept not represented: the original model shows '{concept.target}' in only "
-                f"{100 * rate:.1f} % of its pictures, so there is little to erase"
-            )
-        for kept in concept.contained():
-            found.append(f"'{kept}' is preserved, but contains an erased word")
-    if scene.judge is not None:
-        for concept in scene.concepts:
-            factors = {f for word in concept.words for f in facts_in(scene.judge, word)}
-            for factor in sorted(factors):
-                accuracy = scene.judge.accuracy.get(factor)
-                if accuracy is not None and accuracy < scene.settings.min_judge_accuracy:
-                    found.append(
-                        f"the judge reads '{factor}' in only {100 * accuracy:.1f} % of real "
-                        "pictures"
-                    )
-    found.append("one erasure seed: intervals are over pictures only")
-    return found
-
-
-def _provenance(scene: ConceptScene, seconds: float, command: str) -> dict[str, Any]:
-    device = next(scene.original.model.network.parameters()).device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    settings = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in asdict(scene.settings).items()
-    }
-    return {
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "hardware": hardware or platform.machine(),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "audit_seconds": round(seconds, 2),
-        "audit_settings": {k: v for k, v in settings.items() if k != "tuning"},
-        "command": command,
-    }

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from mmforget.audit.examples import pictures
 from mmforget.audit.inside import measure_relearning, measure_representation
 from mmforget.audit.outputs import collect
 from mmforget.audit.privacy import measure_privacy, testable
+from mmforget.audit.provenance import environment
 from mmforget.audit.results import Results
 from mmforget.audit.rows import Measured, Rows
 from mmforget.audit.scene import AuditedModel, AuditSettings, Scene
@@ -45,8 +44,6 @@ NOT_RUN = [
     "KLOM: not run, it needs about a hundred retrained models",
     "Information difference index: not run",
 ]
-
-PACKAGES = ("torch", "torchmetrics", "lightning", "scikit-learn", "numpy")
 
 
 def audit(
@@ -308,15 +305,8 @@ def _provenance(
     settings: AuditSettings, seconds: float, command: str, scene: Scene
 ) -> dict[str, Any]:
     device = _original(scene.models).model.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "hardware": hardware or platform.machine(),
-        "device": str(device),
-        "threads": torch.get_num_threads(),
+    return environment(device, seconds, command) | {
         "audit_seed": settings.seed,
-        "audit_seconds": round(seconds, 2),
         "relearning": {
             "shots": settings.relearning.shots,
             "steps": settings.relearning.steps,
@@ -324,5 +314,4 @@ def _provenance(
             "seeds": settings.relearning.seeds,
         },
         "request_hashes": list(scene.split.request_hashes),
-        "command": command,
     }

@@ -18,7 +18,7 @@ from mmforget.methods.denoiser_weights import (
     parameters_of,
     select_weights,
 )
-from mmforget.methods.text_guided import DenoisingMethod
+from mmforget.methods.text_guided import DenoisingMethod, at_least_one
 from mmforget.models.base import Model
 
 AblationWeights = Literal["kv", "attention", "all"]
@@ -93,14 +93,12 @@ class ConceptAblation(DenoisingMethod):
             raise ConfigurationError(
                 f"`variant` is '{variant}', {suggest(variant, ('model', 'noise'))}"
             )
-        for name, value in (
-            ("pictures", pictures),
-            ("retain_pictures", retain_pictures),
-            ("times", times),
-            ("steps", steps),
-        ):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+        at_least_one(
+            pictures=pictures,
+            retain_pictures=retain_pictures,
+            times=times,
+            steps=steps,
+        )
         self.weights, self.variant, self.prior, self.freeze_bos = (
             weights,
             variant,

@@ -27,7 +27,7 @@ from mmforget.methods.saliency import (
     flat_gradients,
     most_salient,
 )
-from mmforget.methods.text_guided import DenoisingMethod
+from mmforget.methods.text_guided import DenoisingMethod, at_least_one
 from mmforget.models.base import Model
 
 logger = logging.getLogger(__name__)
@@ -106,14 +106,12 @@ class ConceptSalUn(MaskedTraining, DenoisingMethod):
         check_mask(mask_fraction, freeze)
         if not mask_guidance >= 0:
             raise ConfigurationError(f"`mask_guidance` is {mask_guidance}, it must be 0 or more")
-        for name, value in (
-            ("pictures", pictures),
-            ("retain_pictures", retain_pictures),
-            ("times", times),
-            ("steps", steps),
-        ):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+        at_least_one(
+            pictures=pictures,
+            retain_pictures=retain_pictures,
+            times=times,
+            steps=steps,
+        )
         self.weights, self.mask_fraction, self.mask_guidance = weights, mask_fraction, mask_guidance
         self.freeze_mode, self.pseudo = freeze, pseudo
         self.pictures, self.retain_pictures, self.times = pictures, retain_pictures, times

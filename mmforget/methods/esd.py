@@ -13,7 +13,7 @@ from mmforget.data.denoising import DenoisingRecords, spread, trajectory_records
 from mmforget.errors import CapabilityError, ConfigurationError
 from mmforget.methods.base import OptimizerName
 from mmforget.methods.denoiser_weights import WeightSet, parameters_of, select_weights
-from mmforget.methods.text_guided import DenoisingMethod
+from mmforget.methods.text_guided import DenoisingMethod, at_least_one
 from mmforget.models.base import Model
 from mmforget.models.weight_edit import WeightEdit
 from mmforget.seeds import derive
@@ -88,14 +88,12 @@ class ESD(DenoisingMethod):
             raise ConfigurationError(
                 f"`eta` is {eta}, it must be 0 or more (eta = k - 1 for the k of released scripts)"
             )
-        for name, value in (
-            ("trajectories", trajectories),
-            ("retain_trajectories", retain_trajectories),
-            ("steps", steps),
-            ("lora_rank", lora_rank),
-        ):
-            if value is not None and value < 1:
-                raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+        at_least_one(
+            trajectories=trajectories,
+            retain_trajectories=retain_trajectories,
+            steps=steps,
+            lora_rank=lora_rank,
+        )
         if not guidance > 1:
             raise ConfigurationError(
                 f"`guidance` is {guidance}, it must be above 1, or the trajectories do not lead "

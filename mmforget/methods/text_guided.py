@@ -96,6 +96,17 @@ class ConceptMethod(ForgettingMethod):
         return {"concepts": [concept.to_dict() for concept in self.concepts]}
 
 
+def at_least_one(**counts: int | None) -> None:
+    """Refuse counts below 1; None stands for a default.
+
+    Raises:
+        ConfigurationError: names the setting and its value.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+
+
 class DenoisingMethod(ConceptMethod, GradientMethod):
     """Base of the methods that fine-tune the denoiser by regression on `DenoisingRecords`.
 
@@ -142,9 +153,7 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         # GradientMethod's arguments are set here because the two bases take different ones.
         ConceptMethod.__init__(self, model, concepts, copy=copy, seed=seed)
         self.check_training(lr, optimizer)
-        for name, value in (("batch_size", batch_size), ("retain_batch_size", retain_batch_size)):
-            if value < 1:
-                raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
+        at_least_one(batch_size=batch_size, retain_batch_size=retain_batch_size)
         if not retain_weight >= 0:
             raise ConfigurationError(f"`retain_weight` is {retain_weight}, it must be 0 or more")
         if not clip > 0:

@@ -129,8 +129,8 @@ class UCE(ConceptMethod):
             ``W c_i``.
         max_drift: largest relative change of the layers' outputs for preserved words in sentences
             that the solve has not seen, over all positions, in (0, 1]. While it is exceeded, ``e``
-            is halved, at most 10 times. Small values weaken the erasure first: in the digit world
-            preserved words are still drawn at 0.3, and erased ones again at 0.1.
+            is halved, at most 10 times. Small values weaken the erasure: with the default, a third
+            of the digit world's "red" is left (`benchmarks/concept_table.py`, "UCE defaults").
 
     Raises:
         ConfigurationError: a value out of range.

@@ -7,8 +7,6 @@ import copy
 import inspect
 import json
 import logging
-import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +21,8 @@ from mmforget.errors import (
     ConfigurationError,
     DataError,
     DivergenceError,
-    MissingFileError,
     ModelError,
     RequestError,
-    WeightsError,
 )
 from mmforget.models.base import (
     Batch,
@@ -37,6 +33,7 @@ from mmforget.models.base import (
     SiteKind,
     TextLayer,
 )
+from mmforget.models.pipeline_files import captured, read_pipeline
 from mmforget.models.text_layers import Family, chosen, family_of, in_stages
 from mmforget.seeds import derive, generator
 
@@ -686,14 +683,8 @@ class DiffusionGenerator(Model):
             if new:
                 found = self.encode(new)
                 table |= {p: found[row : row + 1] for row, p in enumerate(new)}
-            latents = self.sample(
-                torch.cat([self.noise([p], 1, seed, first=number) for p, number in part]),
-                PromptEmbedding.cat([table[p] for p, _ in part]),
-                empty,
-                steps=steps,
-                guidance=guidance,
-                draws=[generator(seed, "sampler", p, number) for p, number in part],
-            )
+            embedding = PromptEmbedding.cat([table[p] for p, _ in part])
+            latents = self.drawn(part, embedding, empty, seed, steps, guidance)
             if not bool(latents.isfinite().all()):
                 raise DivergenceError(
                     f"the pictures for '{part[0][0][:60]}' are not finite; if the model is in half "
@@ -706,6 +697,37 @@ class DiffusionGenerator(Model):
         if len(distinct) == len(prompts):
             return images
         return images[[place[p] + number for p in prompts for number in range(n)]]
+
+    def drawn(
+        self,
+        keys: Sequence[tuple[str, int]],
+        embedding: PromptEmbedding,
+        empty: PromptEmbedding,
+        seed: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Denoise pictures whose noise depends on their key and the seed only.
+
+        Args:
+            keys: B prompts and numbers; they choose the noise, `embedding` what is drawn from it.
+            embedding: of B prompts.
+            empty: what guidance leads away from, one row.
+            seed: of starting noise and sampler.
+            steps: by default those of the constructor.
+            guidance: by default that of the constructor.
+
+        Returns:
+            (B, C, h, w) latents.
+        """
+        return self.sample(
+            torch.cat([self.noise([prompt], 1, seed, first=number) for prompt, number in keys]),
+            embedding,
+            empty,
+            steps=steps,
+            guidance=guidance,
+            draws=[generator(seed, "sampler", prompt, number) for prompt, number in keys],
+        )
 
     def sample(
         self,
@@ -853,7 +875,7 @@ class DiffusionGenerator(Model):
         Args:
             folder: an existing, empty folder.
         """
-        with _captured():
+        with captured():
             self.pipeline.save_pretrained(folder, safe_serialization=True)
         if self.guider is not None:
             text = json.dumps(self.guider.to_dict(), indent=1, ensure_ascii=False)
@@ -903,120 +925,15 @@ def load_generator(
         ModelError: another kind of pipeline.
         WeightsError: broken or missing weights, or weights in a format that can execute code.
     """
-    from diffusers import DiffusionPipeline
-
-    path = Path(source).expanduser()
-    local = path.exists() or str(source).startswith((".", "/", "~"))
-    if local:
-        index = _index(path, source)
-        name = index["_class_name"]
-        # A part that was left out, such as SD3's third text encoder, must be left out explicitly.
-        settings = {key: None for key, value in index.items() if value == [None, None]} | settings
-        if name not in PIPELINES:
-            raise ModelError(
-                f"'{source}' holds a {name}, which is no supported text-to-image pipeline; "
-                f"supported are {', '.join(PIPELINES)}"
-            )
-    said: list[str] = []
-    try:
-        with _captured() as said:
-            pipeline = DiffusionPipeline.from_pretrained(
-                str(path) if local else str(source),
-                torch_dtype=torch_dtype,
-                use_safetensors=True,
-                **settings,
-            )
-    except Exception as error:  # the libraries raise many kinds for broken files
-        reason = _fault(said) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not local:
-            raise MissingFileError(
-                f"'{source}' is neither a folder nor a pipeline that can be had from the hub "
-                f"({_short(reason)}); check the name and the connection"
-            ) from error
-        raise WeightsError(
-            f"the pipeline '{source}' cannot be loaded ({_short(reason)}); check that its files "
-            "are complete and in safetensors format"
-        ) from error
-    if fault := _fault(said):
-        # diffusers and transformers draw missing weights at random, and only warn.
-        raise WeightsError(
-            f"the pipeline '{source}' is not complete ({_short(fault)}); download or save it again"
-        )
+    pipeline = read_pipeline(source, tuple(PIPELINES), torch_dtype, **settings)
     model = DiffusionGenerator(pipeline, steps=steps, guidance=guidance, size=size)
     model.source = str(source)
-    file = path / GUIDANCE_FILE
-    if local and file.is_file():
+    file = Path(source).expanduser() / GUIDANCE_FILE
+    if file.is_file():
         from mmforget.models.guidance import load_guidance
 
         model.guider = load_guidance(json.loads(file.read_text(encoding="utf-8")))
     return model
-
-
-def _index(folder: Path, source: str | Path) -> dict[str, Any]:
-    """The parts of the pipeline in a local folder."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise MissingFileError(
-            f"'{source}' is no diffusers pipeline (it has no model_index.json); give a folder "
-            "written by `pipe.save_pretrained`, or a hub id"
-        )
-    try:
-        found: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        found["_class_name"] = str(found["_class_name"])
-        return found
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(
-            f"'{index}' is damaged, it names no pipeline; download or save it again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[list[str]]:
-    """Take what diffusers and transformers print while they load or save, instead of showing it."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            # On a terminal, transformers colours its reports.
-            texts.append(re.sub(r"\x1b\[[0-9;]*m", "", record.getMessage()))
-
-    texts: list[str] = []
-    listener = Listener(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", FutureWarning)
-        for library in (diffusers, transformers):
-            tools: Any = library.utils.logging
-            logger = logging.getLogger(library.__name__)
-            stack.callback(setattr, logger, "handlers", logger.handlers)
-            stack.callback(setattr, logger, "propagate", logger.propagate)
-            stack.callback(logger.setLevel, logger.level)
-            logger.handlers, logger.propagate = [listener], False
-            logger.setLevel(logging.WARNING)
-            if getattr(tools, "_tqdm_active", True):
-                stack.callback(tools.enable_progress_bar)
-                tools.disable_progress_bar()
-        yield texts
-    for text in texts:
-        logging.getLogger(__name__).debug("%s", text)
-
-
-def _fault(said: Sequence[str]) -> str | None:
-    """The first weight that does not come from the files, by what the libraries said."""
-    for text in said:
-        new = re.search(r"newly initialized[^\[]*\[(.+?)\]", text, re.DOTALL)
-        if new:
-            return f"missing are {new[1]}"
-        row = re.search(r"^(\S+)\s*\| (MISSING|MISMATCH)\b", text, re.MULTILINE)
-        if row:
-            return f"'{row[1]}' is missing or has another shape"
-    return None
-
-
-def _short(reason: str) -> str:
-    first = re.split(r"(?<=\S)\.\s", reason + " ")[0].strip().rstrip(".")
-    return first if len(first) <= 200 else first[:200] + "…"
 
 
 def _check_steps(steps: int) -> None:

@@ -36,7 +36,7 @@ class Small(Model):
         (folder / "README.md").write_text("a README full of blanks")
 
     def fresh(self, seed: int) -> Small:
-        """Not needed here."""
+        """Saving never rebuilds a model; a call is a defect and must fail the test."""
         raise NotImplementedError
 
 

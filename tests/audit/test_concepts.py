@@ -27,9 +27,8 @@ from mmforget.audit.concept_pictures import (
     spread,
 )
 from mmforget.audit.concept_verdict import _withstands
+from mmforget.audit.concept_words import IDENTITY, NEGATIVE_PROMPT
 from mmforget.audit.concepts import (
-    IDENTITY,
-    NEGATIVE_PROMPT,
     ConceptAuditSettings,
     ConceptScene,
     audit_generator,

@@ -15,8 +15,9 @@ from mmforget.artifacts.ledger import Ledger
 from mmforget.artifacts.manifest import Manifest
 from mmforget.audit.results import MetricResult, ModelEntry, Results, Verdict
 from mmforget.audit.rows import METRICS
-from mmforget.cli.erase import HELP, REQUIRABLE, Requirement, parsed, settings_of
+from mmforget.cli.erase import HELP, parsed, settings_of
 from mmforget.cli.main import main
+from mmforget.cli.requirements import REQUIRABLE, Requirement
 from mmforget.erase import METHODS
 from mmforget.errors import ConfigurationError
 from mmforget.models.diffusion import load_generator

@@ -1,0 +1,112 @@
+"""`--require`: conditions on results, so that a command can stand in a build pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mmforget.errors import ConfigurationError, suggest
+
+if TYPE_CHECKING:
+    from mmforget.audit.results import Results
+
+REQUIRABLE: Mapping[str, tuple[str, str]] = {
+    "target": ("target_rate", "target/"),
+    "synonyms": ("target_rate", "synonym/"),
+    "together": ("target_rate", "together/"),
+    "other_facts": ("other_facts_rate", "together/"),
+    "preserved": ("preserved_rate", "preserved"),
+    "preserved_worst": ("preserved_worst", "preserved"),
+    "preserved_drop": ("preserved_drop", "preserved"),
+    "preserved_worst_drop": ("preserved_worst_drop", "preserved"),
+    "clip_score": ("clip_score", "preserved"),
+    "kid": ("kid_to_original", "preserved"),
+    "attacks": ("attack_", "target/"),
+}
+"""Name: beginning of the metric, split or its beginning; of several values the worst counts."""
+
+CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A condition that the unlearned model must meet."""
+
+    name: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read ``name<=value``.
+
+        Raises:
+            ConfigurationError: no condition, or an unknown name.
+        """
+        found = CONDITION.fullmatch(text)
+        if found is None:
+            raise ConfigurationError(
+                f"`--require` is '{text}'; write a name, a sign and a number, such as 'target<=0.1'"
+            )
+        name, sign, number, percent = found.groups()
+        if name not in REQUIRABLE:
+            raise ConfigurationError(f"`--require` names '{name}'; {suggest(name, REQUIRABLE)}")
+        try:
+            limit = float(number) / (100 if percent else 1)
+        except ValueError as error:
+            raise ConfigurationError(f"`--require` is '{text}'; '{number}' is no number") from error
+        return cls(name, sign, limit)
+
+    def measured(self, results: Results) -> float | None:
+        """The worst value of the unlearned models; None if there is none."""
+        metric, split = REQUIRABLE[self.name]
+        models = {entry.name for entry in results.by_role("unlearned")}
+        values = [
+            row.value
+            for row in results.metrics
+            if row.model in models
+            and (row.metric == metric or (metric.endswith("_") and row.metric.startswith(metric)))
+            and (row.split == split or (split.endswith("/") and row.split.startswith(split)))
+        ]
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return None  # a value that could not be measured is no proof of anything
+        return max(known) if self.sign.startswith("<") else min(known)
+
+    def holds(self, value: float | None) -> bool:
+        """Whether a value meets the condition."""
+        if value is None:
+            return False
+        return {
+            "<=": value <= self.limit,
+            ">=": value >= self.limit,
+            "<": value < self.limit,
+            ">": value > self.limit,
+        }[self.sign]
+
+    def __str__(self) -> str:
+        """As it was written."""
+        return f"{self.name}{self.sign}{self.limit:g}"
+
+
+def check(results: Results, requirements: Sequence[Requirement]) -> list[str]:
+    """Add the requirements to the checks.
+
+    Returns:
+        One sentence per condition that is not met.
+    """
+    from mmforget.audit.results import Check
+
+    missed = []
+    for one in requirements:
+        value = one.measured(results)
+        shown = "not measured" if value is None else f"{value:.4g}"
+        held = one.holds(value)
+        results.checks.append(
+            Check(f"required: {one}", held, f"measured {one.name} = {shown}, asked {one}")
+        )
+        if not held:
+            missed.append(f"`--require {one}` is not met: {one.name} is {shown}")
+    return missed
