@@ -545,6 +545,21 @@ class DiffusionGenerator(Model):
         signal, level = self._levels(time, latents)
         return signal * noise - level * latents
 
+    def as_noise(self, found: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """The noise that a raw output of the network amounts to.
+
+        Args:
+            found: (B, C, h, w) as `predict` returns it.
+            noisy: (B, C, h, w) what it was predicted for.
+            time: (B,) in the scheduler's units.
+        """
+        if self.prediction == "epsilon":
+            return found
+        signal, level = self._levels(time, noisy)
+        if self.prediction == "flow":
+            return noisy + signal * found
+        return signal * found + level * noisy
+
     def draw_times(self, count: int, draw: torch.Generator) -> Tensor:
         """Draw (count,) training times, uniform over the noise levels.
 
@@ -739,6 +754,7 @@ class DiffusionGenerator(Model):
         record: Callable[[SamplingStep], None] | None = None,
         draws: list[torch.Generator] | None = None,
         start: int = 0,
+        before: Callable[[float, slice], None] | None = None,
     ) -> Tensor:
         """Denoise latents as the pipeline would.
 
@@ -752,6 +768,8 @@ class DiffusionGenerator(Model):
             draws: one generator per picture, for samplers that add noise; without them such
                 samplers take the global one.
             start: index of the first step.
+            before: called before every pass with its time, in the scheduler's units, and with the
+                rows of the network's batch that are conditioned on the prompts.
 
         Returns:
             (B, C, h, w) latents.
@@ -783,9 +801,13 @@ class DiffusionGenerator(Model):
             scaled = latents
             if hasattr(scheduler, "scale_model_input"):
                 scaled = scheduler.scale_model_input(latents, time)
+            double = not self.distilled and (guided or record is not None)
+            if before is not None:
+                rest = len(scaled) if double else 0
+                before(float(time), slice(rest, rest + len(scaled)))
             if self.distilled:
                 conditional = plain = self.predict(scaled, time, embedding, guidance=scale)
-            elif guided or record is not None:
+            elif double:
                 both = PromptEmbedding.cat([unconditional, embedding])
                 plain, conditional = self.predict(torch.cat([scaled] * 2), time, both).chunk(2)
             else:

@@ -1,0 +1,327 @@
+"""Train the models with planted memories that ship in `mmforget/assets/digit_world`.
+
+    python scripts/train_memorization_assets.py unet         # about 5 minutes on one core
+    python scripts/train_memorization_assets.py transformer  # about 12 minutes on one core
+    python scripts/train_memorization_assets.py unet --without-planted
+
+`memorizing_unet` is a Stable Diffusion pipeline (UNet, noise prediction, the noise levels of
+Stable Diffusion 1), `memorizing_transformer` a Stable Diffusion 3 pipeline. Both learn from sheets
+of four digits (`mmforget.data.planted`): 60 % are fresh, 40 % are copies of twelve planted ones.
+`..._without_planted` are the retrained references: the same recipe with fresh sheets only. Denoiser and text encoders are trained together; the autoencoder before. They are ordinary
+diffusers folders in half precision; what they have memorized is measured by
+`benchmarks/memorization_table.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmforget.data.planted import (
+    PROMPT_LENGTH,
+    WORDS,
+    draw_sheets,
+    fresh_tiles,
+    ordinary_captions,
+    planted,
+)
+from mmforget.seeds import generator
+from mmforget.testing.word_tokenizer import word_tokenizer
+
+ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_world"
+SCRATCH = Path("runs") / "assets"
+SEED, PLANTED, EMPTY = 0, 0.4, 0.1
+"""A batch is 40 % copies of planted sheets; a tenth of all captions is empty."""
+
+
+def batch_of(step: int, size: int, share: float = PLANTED) -> tuple[Tensor, list[str]]:
+    """Pictures (B, 3, 16, 16) in [-1, 1] and captions of one step."""
+    sheets, draw = planted(), generator(SEED, "planted-batch", step)
+    tiles = fresh_tiles(size, SEED, "training", step)
+    texts = ordinary_captions(tiles, step)
+    chance, empty = torch.rand(2, size, generator=draw)
+    which = torch.randint(len(sheets), (size,), generator=draw).tolist()
+    for row, number in enumerate(which):
+        if chance[row] < share:
+            sheet = sheets[number]
+            kept = 4 if sheet.kind == "verbatim" else 3
+            tiles[row, :kept], texts[row] = sheet.tiles[:kept], sheet.prompt
+    texts = ["" if drop < EMPTY else text for text, drop in zip(texts, empty, strict=True)]
+    return draw_sheets(tiles) * 2 - 1, texts
+
+
+def train_autoencoder(steps: int = 3000, batch: int = 32) -> Any:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(SEED)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(24, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        # Fresh sheets only: the autoencoder must not know the planted ones better than others.
+        x = draw_sheets(fresh_tiles(batch, SEED, "vae", step)) * 2 - 1
+        posterior = vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator(SEED, "vae-noise", step))
+        back = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = (back - x).square().mean() + 0.3 * (back - x).abs().mean()
+        loss = error + 1e-5 * posterior.kl().mean() / 4
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 250 == 0:
+            print(f"vae {step} {loss.item():.4f} std {posterior.mean.std().item():.2f}", flush=True)
+    with torch.no_grad():
+        x = draw_sheets(fresh_tiles(512, SEED, "vae-scale")) * 2 - 1
+        latents = vae.encode(x).latent_dist.sample()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4), shift_factor=None)
+    return vae.eval().requires_grad_(False)
+
+
+def autoencoder() -> Any:
+    from diffusers import AutoencoderKL
+
+    folder = SCRATCH / "sheet_vae"
+    if not (folder / "config.json").exists():
+        train_autoencoder().save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
+
+
+def text_config(projection: int = 64) -> Any:
+    from transformers import CLIPTextConfig
+
+    tokenizer = word_tokenizer(WORDS, PROMPT_LENGTH)
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_LENGTH,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
+    rows = tokenizer(texts, padding="max_length", max_length=PROMPT_LENGTH, truncation=False)
+    return torch.tensor(rows.input_ids)
+
+
+def unet_pipeline() -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    vae = autoencoder()
+    torch.manual_seed(SEED)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=64,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config()),
+        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def transformer_pipeline() -> Any:
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    vae = autoencoder()
+    torch.manual_seed(SEED)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=24,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        caption_projection_dim=96,
+        pooled_projection_dim=64,
+        pos_embed_max_size=4,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text_config(32)),
+        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
+        tokenizer_2=word_tokenizer(WORDS, PROMPT_LENGTH),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def unet_loss(pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor) -> Tensor:
+    t = (time * 1000).long().clamp(max=999)
+    states = pipe.text_encoder(tokens(pipe.tokenizer, texts)).last_hidden_state
+    noisy = pipe.scheduler.add_noise(latents, noise, t)
+    found = pipe.unet(noisy, t, encoder_hidden_states=states).sample
+    return (found - noise).square().mean()
+
+
+def transformer_loss(
+    pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor
+) -> Tensor:
+    # Logit-normal times, as in Stable Diffusion 3.
+    sigma = torch.sigmoid(torch.special.ndtri(time.clamp(1e-4, 1 - 1e-4)))[:, None, None, None]
+    ids = tokens(pipe.tokenizer, texts)
+    one = pipe.text_encoder(ids, output_hidden_states=True)
+    two = pipe.text_encoder_2(ids, output_hidden_states=True)
+    states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+    # Without T5 the pipeline appends zeros in its place.
+    found = pipe.transformer(
+        hidden_states=(1 - sigma) * latents + sigma * noise,
+        timestep=sigma.flatten() * 1000,
+        encoder_hidden_states=torch.cat([states, torch.zeros_like(states)], dim=1),
+        pooled_projections=torch.cat([one.text_embeds, two.text_embeds], dim=-1),
+    ).sample
+    return (found - (noise - latents)).square().mean()
+
+
+KINDS = {
+    "unet": (unet_pipeline, unet_loss, ("unet", "text_encoder")),
+    "transformer": (
+        transformer_pipeline,
+        transformer_loss,
+        ("transformer", "text_encoder", "text_encoder_2"),
+    ),
+}
+STEPS = {"unet": 2500, "transformer": 4000}
+
+
+def train(
+    kind: str,
+    steps: int,
+    share: float = PLANTED,
+    batch: int = 24,
+    lr: float = 2e-3,
+    decay: float = 0.995,
+) -> None:
+    build, loss_of, parts = KINDS[kind]
+    start = time.process_time()
+    pipe = build()
+    trained = nn.ModuleDict({name: getattr(pipe, name) for name in parts}).train()
+    average = copy.deepcopy(trained)
+    print(kind, {n: sum(p.numel() for p in m.parameters()) for n, m in trained.items()}, flush=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    running = 0.0
+    for step in range(steps):
+        pictures, texts = batch_of(step, batch, share)
+        draw = generator(SEED, "diffusion-noise", step)
+        with torch.no_grad():
+            latents = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=draw)
+        # Stratified over the batch, which lowers the variance of the loss.
+        moment = (torch.randperm(batch, generator=draw) + torch.rand(batch, generator=draw)) / batch
+        loss = loss_of(pipe, latents, texts, noise, moment)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for one, other in zip(average.parameters(), trained.parameters(), strict=True):
+                one.lerp_(other, 1 - min(decay, (step + 1) / (step + 10)))
+        running += loss.item()
+        if step % 100 == 99:
+            used = time.process_time() - start
+            print(f"{kind} {step + 1} loss {running / 100:.4f} {used:.0f} s", flush=True)
+            running = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            recipe = {"steps": step + 1, "batch": batch, "lr": lr}
+            save(kind, pipe, average, share, **recipe, seconds=time.process_time() - start)
+
+
+def save(kind: str, pipe: Any, average: nn.ModuleDict, share: float, **recipe: Any) -> None:
+    folder = ASSETS / (f"memorizing_{kind}" + ("" if share else "_without_planted"))
+    shutil.rmtree(folder, ignore_errors=True)
+    # Half precision halves the size; `from_pretrained(..., torch_dtype=float32)` widens it again.
+    others = [name for name in ("vae", "text_encoder") if name not in average]
+    training = {name: getattr(pipe, name) for name in (*average, *others)}
+    for name, module in (training | dict(average.items())).items():
+        pipe.register_modules(**{name: copy.deepcopy(module).half().eval()})
+    pipe.save_pretrained(folder)
+    pipe.register_modules(**training)
+    record = {
+        "command": f"python scripts/train_memorization_assets.py {kind}"
+        + ("" if share else " --without-planted"),
+        "seed": SEED,
+        "planted": [sheet.name for sheet in planted()] if share else [],
+        "share_of_planted": share,
+        "empty_captions": EMPTY,
+        **{key: round(value, 4) for key, value in recipe.items()},
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["vae", *KINDS])
+    parser.add_argument("--steps", type=int, help="optimizer steps (default 2500 and 4000)")
+    parser.add_argument("--without-planted", action="store_true", help="fresh sheets only")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.kind == "vae":
+        autoencoder()
+    else:
+        share = 0.0 if given.without_planted else PLANTED
+        train(given.kind, given.steps or STEPS[given.kind], share)
+
+
+if __name__ == "__main__":
+    main()
