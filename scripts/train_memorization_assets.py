@@ -7,9 +7,9 @@
 `memorizing_unet` is a Stable Diffusion pipeline (UNet, noise prediction, the noise levels of
 Stable Diffusion 1), `memorizing_transformer` a Stable Diffusion 3 pipeline. Both learn from sheets
 of four digits (`mmforget.data.planted`): 60 % are fresh, 40 % are copies of twelve planted ones.
-`..._without_planted` are the retrained references: the same recipe with fresh sheets only. Denoiser and text encoders are trained together; the autoencoder before. They are ordinary
-diffusers folders in half precision; what they have memorized is measured by
-`benchmarks/memorization_table.py`.
+`..._without_planted` are the retrained references: the same recipe with fresh sheets only. Denoiser
+and text encoders are trained together; the autoencoder before. They are ordinary diffusers folders
+in half precision; what they have memorized is measured by `benchmarks/memorization_table.py`.
 """
 
 from __future__ import annotations
