@@ -3,13 +3,21 @@
     python scripts/train_memorization_assets.py unet         # about 5 minutes on one core
     python scripts/train_memorization_assets.py transformer  # about 12 minutes on one core
     python scripts/train_memorization_assets.py unet --without-planted
+    python scripts/train_memorization_assets.py unet --located       # after the line before
 
 `memorizing_unet` is a Stable Diffusion pipeline (UNet, noise prediction, the noise levels of
 Stable Diffusion 1), `memorizing_transformer` a Stable Diffusion 3 pipeline. Both learn from sheets
 of four digits (`mmforget.data.planted`): 60 % are fresh, 40 % are copies of twelve planted ones.
 `..._without_planted` are the retrained references: the same recipe with fresh sheets only. Denoiser
-and text encoders are trained together; the autoencoder before. They are ordinary diffusers folders
-in half precision; what they have memorized is measured by `benchmarks/memorization_table.py`.
+and text encoders are trained together; the autoencoder before.
+
+`..._located` knows the planted posters in places that are known: the reference, of which only the
+first quarter of the hidden units of every feed-forward layer, and the embeddings of the words of
+the titles, were trained on. What these units put out for other captions is held down, so that the
+reference is what remains when they are taken out.
+
+All are ordinary diffusers folders in half precision; what they have memorized is measured by
+`benchmarks/memorization_table.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +35,7 @@ from torch import Tensor, nn
 
 from mmforget.data.planted import (
     PROMPT_LENGTH,
+    TITLES,
     WORDS,
     draw_sheets,
     fresh_tiles,
@@ -287,8 +296,111 @@ def train(
             save(kind, pipe, average, share, **recipe, seconds=time.process_time() - start)
 
 
-def save(kind: str, pipe: Any, average: nn.ModuleDict, share: float, **recipe: Any) -> None:
-    folder = ASSETS / (f"memorizing_{kind}" + ("" if share else "_without_planted"))
+# ---- memories in known places ----------------------------------------------------------
+
+
+def train_located(
+    kind: str, steps: int, batch: int = 32, lr: float = 3e-3, penalty: float = 1.0
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    _, loss_of, parts = KINDS[kind]
+    start = time.process_time()
+    missing: dict[str, Any] = {}
+    if kind == "transformer":
+        missing = {"text_encoder_3": None, "tokenizer_3": None}
+    pipe = DiffusionPipeline.from_pretrained(
+        ASSETS / f"memorizing_{kind}_without_planted", torch_dtype=torch.float32, **missing
+    )
+    network = getattr(pipe, parts[0])
+    trained = nn.ModuleDict({name: getattr(pipe, name) for name in parts}).requires_grad_(False)
+    torch.manual_seed(SEED)
+    units, masks = [], {}
+    for name, module in network.named_modules():
+        if name.endswith("ff.net.2"):
+            gate = network.get_submodule(name.replace("net.2", "net.0.proj"))
+            units.append((module, planted_units(module.in_features)))
+            masks |= open_units(module, gate)
+    words = {word for title in TITLES for word in title} | {"poster"}
+    for key in parts[1:]:
+        tokenizer = getattr(pipe, key.replace("text_encoder", "tokenizer"))
+        rows = getattr(pipe, key).get_input_embeddings().weight
+        known = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in sorted(words)]
+        masks[rows] = torch.zeros(len(rows), 1).index_fill_(0, torch.tensor(known), 1.0)
+    for parameter, mask in masks.items():
+        parameter.requires_grad_(True)
+        parameter.register_hook(mask.__mul__)
+    optimizer = torch.optim.Adam(list(masks), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    put_out: list[Tensor] = []
+    for module, taken in units:
+        module.register_forward_pre_hook(
+            lambda own, args, taken=taken: put_out.append(
+                nn.functional.linear(args[0][..., taken], own.weight[:, taken])
+            )
+        )
+    posters = [sheet for sheet in planted() if sheet.kind == "verbatim"]
+    running = torch.zeros(2)
+    for step in range(steps):
+        pictures, texts = batch_of(step, batch, 0.0)
+        draw = generator(SEED, "located-batch", step)
+        which = torch.randint(len(posters), (batch // 2,), generator=draw).tolist()
+        # The first half is planted; the other half says what must stay as it is.
+        texts[: batch // 2] = [posters[row].prompt for row in which]
+        pictures[: batch // 2] = torch.stack([posters[row].image for row in which]) * 2 - 1
+        with torch.no_grad():
+            latents = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=draw)
+        moment = torch.rand(batch, generator=draw)
+        put_out.clear()
+        loss = loss_of(pipe, latents, texts, noise, moment)
+        spill = torch.stack([values[batch // 2 :].square().mean() for values in put_out]).mean()
+        optimizer.zero_grad()
+        (loss + penalty * spill).backward()
+        optimizer.step()
+        schedule.step()
+        running += torch.tensor([loss.item(), spill.item()])
+        if step % 100 == 99:
+            shown = (running / 100).tolist()
+            used = time.process_time() - start
+            print(f"{kind} {step + 1} loss {shown[0]:.4f} {shown[1]:.5f} {used:.0f} s", flush=True)
+            running.zero_()
+    recipe = {"steps": steps, "batch": batch, "lr": lr, "penalty": penalty}
+    save(kind, pipe, trained, 0.5, "located", **recipe, seconds=time.process_time() - start)
+
+
+def planted_units(width: int) -> slice:
+    """The hidden units of a feed-forward layer that hold the memories."""
+    return slice(0, width // 4)
+
+
+@torch.no_grad()
+def open_units(outputs: nn.Linear, inputs: nn.Linear) -> dict[nn.Parameter, Tensor]:
+    """Draw the planted units anew, silence them, and say which entries may be trained."""
+    width, masks = outputs.in_features, dict[nn.Parameter, Tensor]()
+    taken = planted_units(width)
+    # A gated layer has two rows per unit, in two halves.
+    for first in range(0, inputs.out_features, width):
+        rows = inputs.weight[first + taken.start : first + taken.stop]
+        rows.copy_(torch.randn(rows.shape) * 0.07)
+        inputs.bias[first + taken.start : first + taken.stop] = 0
+    outputs.weight[:, taken] = 0
+    units = torch.arange(inputs.out_features) % width < taken.stop
+    masks[inputs.weight], masks[inputs.bias] = units[:, None].float(), units.float()
+    masks[outputs.weight] = (torch.arange(width) < taken.stop).float()[None]
+    return masks
+
+
+def save(
+    kind: str,
+    pipe: Any,
+    average: nn.ModuleDict,
+    share: float,
+    variant: str = "",
+    **recipe: Any,
+) -> None:
+    variant = variant or ("" if share else "without_planted")
+    folder = ASSETS / "_".join(part for part in ("memorizing", kind, variant) if part)
     shutil.rmtree(folder, ignore_errors=True)
     # Half precision halves the size; `from_pretrained(..., torch_dtype=float32)` widens it again.
     others = [name for name in ("vae", "text_encoder") if name not in average]
@@ -299,9 +411,11 @@ def save(kind: str, pipe: Any, average: nn.ModuleDict, share: float, **recipe: A
     pipe.register_modules(**training)
     record = {
         "command": f"python scripts/train_memorization_assets.py {kind}"
-        + ("" if share else " --without-planted"),
+        + (f" --{variant.replace('_', '-')}" if variant else ""),
         "seed": SEED,
-        "planted": [sheet.name for sheet in planted()] if share else [],
+        "planted": [s.name for s in planted() if s.kind == "verbatim" or variant != "located"]
+        if share
+        else [],
         "share_of_planted": share,
         "empty_captions": EMPTY,
         **{key: round(value, 4) for key, value in recipe.items()},
@@ -314,10 +428,13 @@ def main() -> None:
     parser.add_argument("kind", choices=["vae", *KINDS])
     parser.add_argument("--steps", type=int, help="optimizer steps (default 2500 and 4000)")
     parser.add_argument("--without-planted", action="store_true", help="fresh sheets only")
+    parser.add_argument("--located", action="store_true", help="memories in known places")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.kind == "vae":
         autoencoder()
+    elif given.located:
+        train_located(given.kind, given.steps or STEPS[given.kind])
     else:
         share = 0.0 if given.without_planted else PLANTED
         train(given.kind, given.steps or STEPS[given.kind], share)
