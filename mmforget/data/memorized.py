@@ -227,23 +227,24 @@ class MemorizedSet:
         if not 0 < share <= 1:
             raise RequestError(f"`share` is {share}, it must be above 0 and at most 1")
         first: list[int] = []
+        groups = self._groups()
         for kind in self.kinds:
-            groups = self._groups([r for r, one in enumerate(self.prompts) if one.kind == kind])
-            order = torch.randperm(len(groups), generator=generator(seed, "split", kind)).tolist()
-            wanted = max(1, round(share * sum(map(len, groups))))
+            own = [group for group in groups if self.prompts[group[0]].kind == kind]
+            order = torch.randperm(len(own), generator=generator(seed, "split", kind)).tolist()
+            wanted = max(1, round(share * sum(map(len, own)))) if own else 0
             taken: list[int] = []
             for number in order:
                 if len(taken) < wanted:
-                    taken += groups[number]
+                    taken += own[number]
             first += taken
         rest = [row for row in range(len(self.prompts)) if row not in set(first)]
         return self.only(sorted(first)), self.only(rest) if rest else None
 
-    def _groups(self, rows: Sequence[int]) -> list[list[int]]:
-        """Rows that are connected by pictures."""
+    def _groups(self) -> list[list[int]]:
+        """Rows that are connected by pictures; the kind of the first stands for all of them."""
         groups: list[list[int]] = []
-        for row in rows:
-            own = set(self.prompts[row].images)
+        for row, one in enumerate(self.prompts):
+            own = set(one.images)
             near = [g for g in groups if own & {n for r in g for n in self.prompts[r].images}]
             groups = [g for g in groups if g not in near]
             groups.append(sorted([row, *(r for g in near for r in g)]))

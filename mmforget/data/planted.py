@@ -76,7 +76,7 @@ WORDS = tuple(
         ]
     )
 )
-"""Every word that is one token of the benchmark models' tokenizers."""
+"""The words of the benchmark models' tokenizers, in which almost every one is a single token."""
 
 PROMPT_LENGTH = 8
 """Tokens of a prompt at most, with begin and end."""
