@@ -37,7 +37,7 @@ from mmforget.data.digit_captions import (
     INK_TEMPLATES,
 )
 from mmforget.data.digit_world import DIGITS, INKS
-from mmforget.erase import run_concept_method
+from mmforget.erase import run_method
 from mmforget.methods.concept_ablation import ConceptAblation
 from mmforget.methods.concept_salun import ConceptSalUn
 from mmforget.methods.esd import ESD
@@ -244,7 +244,7 @@ def make(name: str, kind: str, concept: ConceptSpec, seed: int) -> tuple[Diffusi
         if row.make is ConceptSalUn:
             settings["pseudo"] = concept.anchor
         method = row.make(model, concept, seed=seed, **settings)
-        model = run_concept_method(method, row.steps or None, progress=False)
+        model = run_method(method, row.steps or None, progress=False)
         model.steps, model.guidance = STEPS, GUIDANCE
     return model, time.process_time() - start
 

@@ -53,6 +53,7 @@ _EXPORTS = {
     ),
     "mmforget.sequence": ("SequenceRunner",),
     "mmforget.audit.concepts": ("ConceptAuditSettings", "audit_generator"),
+    "mmforget.audit.memorization": ("MemorizationAuditSettings", "audit_memorization"),
     "mmforget.audit": ("AuditSettings", "AuditedModel", "audit"),
     "mmforget.report": ("write_report",),
 }

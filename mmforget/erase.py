@@ -18,6 +18,7 @@ from mmforget.concept import ConceptKind, ConceptSpec, check_together
 from mmforget.errors import ConfigurationError, RequestError, suggest
 
 if TYPE_CHECKING:
+    from mmforget.methods.base import ForgettingMethod
     from mmforget.methods.text_guided import ConceptMethod
     from mmforget.models.diffusion import DiffusionGenerator
 
@@ -33,6 +34,9 @@ METHODS: Mapping[str, str] = {
 
 STEPS = 200
 """Optimizer steps of the methods that train, unless the user says otherwise."""
+
+CHECKPOINTS = 10
+"""How often a training that can be resumed writes down its state."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def automatic(generator: DiffusionGenerator, concepts: Sequence[ConceptSpec]) ->
     return "uce"
 
 
-def check_settings(method: type[ConceptMethod], settings: Mapping[str, Any]) -> None:
+def check_settings(method: type[ForgettingMethod], settings: Mapping[str, Any]) -> None:
     """Refuse settings that the method does not have.
 
     Raises:
@@ -229,7 +233,7 @@ def check_settings(method: type[ConceptMethod], settings: Mapping[str, Any]) -> 
     known = [
         name
         for name in inspect.signature(method).parameters
-        if name not in ("model", "concepts", "copy", "seed")
+        if name not in ("model", "concepts", "memorized", "copy", "seed")
     ]
     for name in settings:
         if name not in known:
@@ -282,22 +286,28 @@ def run_erasure(
             # After the first request the model is ours already.
             instance = cls(model, part, copy=copy if number == 0 else False, seed=seed, **settings)
             instance.inherit(state)
-            model = run_concept_method(instance, steps, progress)
+            model = run_method(instance, steps, progress)
             state = instance.carry()
             done.append(instance)
     passes = sum(one.cost()["sample_passes"] for one in done)
     return Erasure(model, tuple(done), cost.to_dict() | {"sample_passes": passes})
 
 
-def run_concept_method(
-    method: ConceptMethod, steps: int | None = None, progress: bool = True, **trainer: Any
+def run_method(
+    method: ForgettingMethod,
+    steps: int | None = None,
+    progress: bool = True,
+    checkpoints: Path | None = None,
+    **trainer: Any,
 ) -> DiffusionGenerator:
     """Train a method if it trains, and finalize it.
 
     Args:
-        method: the method.
+        method: a method that brings its own data.
         steps: optimizer steps.
         progress: show a progress bar.
+        checkpoints: folder in which a training that is stopped leaves its state, and from which it
+            goes on; None keeps none.
         trainer: further settings of Lightning's trainer.
 
     Raises:
@@ -325,8 +335,20 @@ def run_concept_method(
         "enable_progress_bar": progress,
         "limit_val_batches": 0,
     }
+    last = None
+    if checkpoints is not None:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        keep = ModelCheckpoint(
+            checkpoints, save_last=True, every_n_train_steps=max(1, steps // CHECKPOINTS)
+        )
+        plain |= {"enable_checkpointing": True, "callbacks": [keep]}
+        last = checkpoints / "last.ckpt"
     with quiet():
-        Trainer(**(plain | where | trainer)).fit(method)
+        running = Trainer(**(plain | where | trainer))
+        running.fit(method, ckpt_path=last if last is not None and last.is_file() else None)
+        if last is not None:
+            running.save_checkpoint(last)
     model: DiffusionGenerator = method.finalize()  # type: ignore[assignment]
     return model.to(device)  # Lightning leaves it on the CPU
 
@@ -343,6 +365,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
             warnings.filterwarnings("ignore", ".*GPU available but not used.*")
             warnings.filterwarnings("ignore", ".*in eval mode.*")
+            warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # after a resume
             warnings.filterwarnings("ignore", ".*`IterableDataset` has `__len__`.*")
             yield
     finally:

@@ -18,8 +18,8 @@ from mmforget.erase import (
     as_concepts,
     automatic,
     find_method,
-    run_concept_method,
     run_erasure,
+    run_method,
 )
 from mmforget.errors import ConfigurationError, MissingFileError, ModelError, RequestError
 from mmforget.models.base import state_hash
@@ -156,7 +156,7 @@ def test_every_short_name_is_a_method(name: str) -> None:
 
 def test_a_closed_form_runs_without_a_trainer(pipe: Any) -> None:
     method = find_method("uce")(DiffusionGenerator(pipe), CAT)
-    assert run_concept_method(method) is method.model
+    assert run_method(method) is method.model
 
 
 # ---- requests ------------------------------------------------------------------------------------

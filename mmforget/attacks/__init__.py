@@ -7,7 +7,16 @@ from mmforget._lazy import lazy_attributes
 _EXPORTS = {
     "mmforget.attacks.adversarial_prompt": ("adversarial_prompt_attack",),
     "mmforget.attacks.concept_inversion": ("inversion_attack",),
+    "mmforget.attacks.embedding_inversion": (
+        "EmbeddingAttackReport",
+        "EmbeddingScale",
+        "EmbeddingSearch",
+        "embedding_attack",
+        "embedding_scale",
+        "search_embeddings",
+    ),
     "mmforget.attacks.image_side": ("latent_inversion_attack", "sdedit_attack"),
+    "mmforget.attacks.locality": ("LocalityReport", "memory_locality"),
     "mmforget.attacks.prompts": ("prompt_attack", "prompt_variants"),
     "mmforget.attacks.report": ("AttackReport", "sees"),
     "mmforget.attacks.soft_tokens": ("SoftTokens",),

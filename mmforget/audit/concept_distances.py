@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mmforget.audit.intervals import bootstrap_mean, wilson
+from mmforget.audit.drawing import PIXELS, clip_scores, empty_pictures, floats, pixel_change
+from mmforget.audit.intervals import bootstrap_mean
 from mmforget.audit.rows import Measured, Rows
 
 if TYPE_CHECKING:
     from mmforget.audit.concepts import ConceptScene
-
-PIXELS = "mean absolute difference of pixels"
 
 
 def measure_distances(scene: ConceptScene, rows: Rows) -> None:
@@ -47,7 +46,7 @@ def measure_distances(scene: ConceptScene, rows: Rows) -> None:
         for group, places in everything.items():
             rows.add(
                 "empty_pictures", name, group,
-                lambda n=name, p=places: _empty(scene, n, p),  # type: ignore[misc]
+                lambda n=name, p=places: empty_pictures(_at(scene, n, p)),  # type: ignore[misc]
             )  # fmt: skip
 
 
@@ -62,16 +61,12 @@ def _groups(scene: ConceptScene) -> dict[str, list[int]]:
 
 
 def _at(scene: ConceptScene, model: str, places: list[int]) -> Tensor:
-    return scene.pictures[model][places].float() / 255
+    return floats(scene.pictures[model][places])
 
 
 def _clip(scene: ConceptScene, model: str, places: list[int]) -> Measured:
-    from mmforget.metrics.clip import CLIPScore
-
     prompts = [scene.rows[place][0] for place in places]
-    values = CLIPScore(scene.clip).per_sample(_at(scene, model, places), prompts).cpu().numpy()
-    interval = bootstrap_mean(values, scene.settings.seed, "clip_score")
-    return Measured(float(values.mean()), interval, len(values), per_sample=values)
+    return clip_scores(scene.clip, _at(scene, model, places), prompts, scene.settings.seed)
 
 
 def _change(
@@ -131,18 +126,4 @@ def _paired(scene: ConceptScene) -> tuple[Any, str]:
             return LayerDistance(
                 scene.judge.classifier, JUDGE_STAGES, "judge"
             ), "layers of the judge"
-    return _pixels, PIXELS
-
-
-def _pixels(one: Tensor, other: Tensor) -> Tensor:
-    return (one - other).abs().flatten(1).mean(1).double()
-
-
-def _empty(scene: ConceptScene, model: str, places: list[int]) -> Measured:
-    from mmforget.metrics.vacuous import vacuous
-
-    found = vacuous(_at(scene, model, places))
-    empty = found["constant"] | found["noise"]
-    details = {kind: int(hits.sum()) for kind, hits in found.items()}
-    count = int(empty.sum())
-    return Measured(count / len(empty), wilson(count, len(empty)), len(empty), details=details)
+    return pixel_change, PIXELS

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mmforget.audit.drawing import floats, spread
 from mmforget.concept import ConceptSpec, contains, normalised
 from mmforget.errors import ConfigurationError, RequestError, suggest
 from mmforget.metrics.judge import Judge
-from mmforget.models.base import PromptEmbedding
-from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.seeds import generator
 
 Facts = Mapping[str, str]
@@ -76,17 +73,6 @@ def known_facts(judge: Judge, field: str, texts: Sequence[str]) -> dict[str, str
     raise RequestError(
         f"`{field}` has '{texts[0]}', which the judge cannot see; {suggest(texts[0], values)}"
     )
-
-
-def spread(prompts: Sequence[str], count: int) -> tuple[tuple[str, int], ...]:
-    """`count` pictures over prompts, as evenly as it goes; equal prompts are numbered on."""
-    used: dict[str, int] = {}
-    rows = []
-    for index in range(count):
-        prompt = prompts[index % len(prompts)]
-        rows.append((prompt, used.get(prompt, 0)))
-        used[prompt] = used.get(prompt, 0) + 1
-    return tuple(rows)
 
 
 def plan(
@@ -157,75 +143,6 @@ def _together(
     rows = spread(prompts, pictures)
     others = tuple(combinations[index % len(combinations)] for index in range(len(rows)))
     return Cell("together", concept.target, rows, facts, others)
-
-
-def plan_hash(cells: Sequence[Cell], sampling: Mapping[str, Any]) -> str:
-    """SHA-256 over all prompts, numbers and the settings of the sampler."""
-    body = [[(cell.split, cell.rows) for cell in cells], dict(sampling)]
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-@torch.no_grad()
-def render(
-    model: DiffusionGenerator,
-    rows: Sequence[tuple[str, int]],
-    seed: int,
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch_size: int = 64,
-    empty: PromptEmbedding | None = None,
-    done: Any = None,
-) -> Tensor:
-    """Make pictures, each from its prompt, its number and the seed alone.
-
-    With `torch.distributed` running, every process makes its share and all get everything.
-
-    Args:
-        model: what draws.
-        rows: prompt and number of each picture.
-        seed: of noise and sampler.
-        steps: of the sampler; None takes those of the model.
-        guidance: its scale; None takes that of the model.
-        batch_size: pictures at a time.
-        empty: what guidance leads away from instead of the empty text, one row.
-        done: called with the number of pictures after every batch.
-
-    Returns:
-        (len(rows), 3, H, W) uint8: pictures as a file would hold them.
-    """
-    model.require_full_precision("an audit")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    world = torch.distributed.get_world_size() if distributed else 1
-    own = list(rows)[rank::world]
-    distinct = list(dict.fromkeys(prompt for prompt, _ in own))
-    table = model.encode(distinct) if distinct else None
-    away = model.unconditional() if empty is None else empty
-    made = []
-    for start in range(0, len(own), batch_size):
-        part = own[start : start + batch_size]
-        assert table is not None
-        wanted = table[torch.tensor([distinct.index(prompt) for prompt, _ in part])]
-        latents = model.drawn(part, wanted, away, seed, steps, guidance)
-        made.append((model.to_images(latents).float().cpu() * 255).round().byte())
-        if done is not None:
-            done(len(part))
-    if not distributed:
-        return torch.cat(made)
-    shares: list[list[Tensor]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(shares, made)
-    joined = [torch.cat(share) if share else None for share in shares]
-    first = next(share for share in joined if share is not None)
-    whole = torch.empty(len(rows), *first.shape[1:], dtype=torch.uint8)
-    for index, share in enumerate(joined):
-        if share is not None:
-            whole[index::world] = share
-    return whole
-
-
-def floats(pictures: Tensor) -> Tensor:
-    """uint8 pictures as float in [0, 1]."""
-    return pictures.float() / 255
 
 
 class Readings:

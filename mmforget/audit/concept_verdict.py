@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmforget.audit.concept_attacks import INFORMATIVE, Recovery
+from mmforget.audit.drawing import percent
 from mmforget.audit.results import Check, Verdict
 from mmforget.audit.rows import Rows
 
@@ -21,11 +22,6 @@ HEADS = {
     "not_forgotten": "not forgotten",
     "not_discriminative": "forgetting cannot be judged",
 }
-
-
-def percent(value: float | None) -> str:
-    """A share for people."""
-    return "not measured" if value is None else f"{100 * value:.1f} %"
 
 
 @dataclass

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mmforget.audit.concept_attacks import ATTACKS
-from mmforget.audit.concept_pictures import facts_in, floats, plan_hash
-from mmforget.audit.examples import png
+from mmforget.audit.concept_pictures import facts_in
+from mmforget.audit.drawing import IDENTITY, plan_hash, strip
 from mmforget.audit.provenance import environment
 from mmforget.audit.results import ModelEntry
 from mmforget.audit.rows import Rows
@@ -20,7 +17,7 @@ from mmforget.request import ForgetRequest
 if TYPE_CHECKING:
     from mmforget.audit.concepts import ConceptScene
 
-NEGATIVE_PROMPT, IDENTITY = "negative prompt", "identity, other seeds"
+NEGATIVE_PROMPT = "negative prompt"
 CONTROLS = {"negative_prompt": NEGATIVE_PROMPT, "identity": IDENTITY}
 
 NOT_CLAIMED = [
@@ -42,7 +39,7 @@ def describe(scene: ConceptScene, judged_by_clip: bool) -> dict[str, Any]:
             "judge": "zero-shot CLIP" if judged_by_clip else type(judge).__name__,
             "judge_accuracy_on_real_pictures": dict(judge.accuracy) or "unknown",
         }
-    digest = plan_hash(scene.cells, scene.sampling)
+    digest = plan_hash([(cell.split, cell.rows) for cell in scene.cells], scene.sampling)
     return {
         "name": "pictures that the models draw",
         "kind": "generator",
@@ -76,26 +73,13 @@ def examples(scene: ConceptScene) -> list[dict[str, Any]]:
                 "kind": kind,
                 "prompt": " · ".join(label),
                 "count": len(chosen),
-                "images": {name: _strip(scene.pictures[name], start, chosen) for name in shown},
+                "images": {
+                    name: strip(scene.pictures[name][[start + index for index in chosen]])
+                    for name in shown
+                },
             }
         )
     return found
-
-
-def _strip(pictures: Tensor, start: int, chosen: Sequence[int]) -> str:
-    """Pictures side by side, at most 256 pixels high, as base64 PNG."""
-    parts = floats(pictures[[start + index for index in chosen]])
-    side = parts.shape[-2]
-    if side > 256:
-        size = (256, round(256 * parts.shape[-1] / side))
-        parts = torch.nn.functional.interpolate(parts, size, mode="area")
-    gap = max(1, parts.shape[-1] // 16)
-    pieces: list[Tensor] = []
-    for part in parts:
-        if pieces:
-            pieces.append(torch.ones(3, part.shape[1], gap))
-        pieces.append(part)
-    return png(torch.cat(pieces, dim=2))
 
 
 def not_measured(scene: ConceptScene, rows: Rows, judged_by_clip: bool) -> list[str]:

@@ -7,24 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmforget.audit.concept_attacks import ATTACKS, Recovery, run_attack
-from mmforget.audit.concept_pictures import (
-    Cell,
-    Readings,
-    floats,
-    known_facts,
-    plan,
-    render,
-)
+from mmforget.audit.concept_pictures import Cell, Readings, known_facts, plan
 from mmforget.audit.concept_verdict import conclude
 from mmforget.audit.concept_words import (
     CONTROLS,
-    IDENTITY,
     NEGATIVE_PROMPT,
     NOT_CLAIMED,
     describe,
@@ -33,9 +25,9 @@ from mmforget.audit.concept_words import (
     provenance,
     warnings,
 )
+from mmforget.audit.drawing import IDENTITY, add_costs, as_audited, drawer, floats, render
 from mmforget.audit.intervals import wilson
-from mmforget.audit.protocol import changed_share
-from mmforget.audit.results import ModelEntry, Results
+from mmforget.audit.results import Results
 from mmforget.audit.rows import Measured, Rows
 from mmforget.audit.scene import AuditedModel
 from mmforget.concept import ConceptSpec, check_together
@@ -286,7 +278,7 @@ def audit_generator(
     check_together(specs)
     start = time.perf_counter()
     given = unlearned if isinstance(unlearned, Sequence) else [unlearned]
-    models = [_audited(original, "original"), *(_audited(one, "unlearned") for one in given)]
+    models = [as_audited(original, "original"), *(as_audited(one, "unlearned") for one in given)]
     names = [one.entry.name for one in models]
     if len(set(names)) != len(names):
         raise ConfigurationError(f"the models {names} need different names")
@@ -303,7 +295,7 @@ def audit_generator(
         _rates(scene, rows)
     _pictures(scene, rows)
     recoveries = _attacks(scene, rows)
-    _costs(scene, rows)
+    add_costs(rows, scene.original, scene.by_role("unlearned"))
     checks, verdict, outcomes = conclude(scene, rows, recoveries)
     entries = [
         replace(
@@ -330,17 +322,6 @@ def audit_generator(
         tuning=settings.tuning,
         warnings=[*scene.remarks, *warnings(scene, rows, entries)],
     )
-
-
-def drawer(audited: AuditedModel) -> DiffusionGenerator:
-    """The model of a generator audit."""
-    return cast(DiffusionGenerator, audited.model)
-
-
-def _audited(given: DiffusionGenerator | AuditedModel, role: str) -> AuditedModel:
-    if isinstance(given, AuditedModel):
-        return given
-    return AuditedModel(ModelEntry(role, role, source=given.source), given)  # type: ignore[arg-type]
 
 
 # ---- measurements --------------------------------------------------------------------------------
@@ -499,19 +480,3 @@ def _attacks(scene: ConceptScene, rows: Rows) -> list[Recovery]:
                 rows.add(f"attack_{attack}", one.entry.name, split, measure)
                 found += recovered
     return found
-
-
-def _costs(scene: ConceptScene, rows: Rows) -> None:
-    before = dict(scene.original.model.named_parameters())
-    for one in scene.by_role("unlearned"):
-        name = one.entry.name
-        for metric in ("seconds", "sample_passes", "peak_memory_bytes", "edit_bytes"):
-            if metric in one.entry.cost:
-                rows.add(
-                    metric, name, "",
-                    lambda v=one.entry.cost[metric]: Measured(float(v)),  # type: ignore[misc]
-                )  # fmt: skip
-        rows.add(
-            "changed_parameters", name, "",
-            lambda m=one.model: Measured(changed_share(m, before)),  # type: ignore[misc]
-        )  # fmt: skip

@@ -15,6 +15,16 @@ SCHEMA_VERSION = 1
 
 Direction = Literal["higher", "lower", "closer_to_retrained", "closer_to_value", "none"]
 Role = Literal["original", "unlearned", "retrained", "held_out", "control", "random_init"]
+Outcome = Literal[
+    "forgotten",
+    "not_forgotten",
+    "damaged",
+    "not_discriminative",
+    "removed",
+    "hidden",
+    "present",
+    "unattacked",
+]
 Family = Literal[
     "utility", "forgetting", "generation", "privacy", "representation", "relearning", "cost"
 ]
@@ -99,11 +109,14 @@ class Verdict:
 
     Args:
         outcome: ``forgotten`` (all checks hold), ``not_forgotten``, ``damaged`` (forgotten, but the
-            retained data suffered), ``not_discriminative`` (the audit cannot tell).
+            retained data suffered), ``not_discriminative`` (the audit cannot tell). Of memorized
+            pictures: ``removed`` (none comes back, also not under an attack whose controls hold),
+            ``hidden`` (the attack brings them back), ``present``, ``unattacked`` (none comes back,
+            but the attack or its controls are missing), ``damaged``, ``not_discriminative``.
         sentence: one sentence with its evidence.
     """
 
-    outcome: Literal["forgotten", "not_forgotten", "damaged", "not_discriminative"]
+    outcome: Outcome
     sentence: str
 
 
@@ -117,7 +130,8 @@ class Results:
         requests: the requests in order, each `ForgetRequest.to_dict` (reports show sample ids as
             hash and count).
         data: name, hashes of the data and of the split, sizes per split, class names; of
-            generators with ``kind: generator`` also prompts, sampler and judge.
+            generators with ``kind: generator`` also prompts, sampler and judge; of memorized
+            pictures with ``kind: memorization`` also sampler, similarity and thresholds.
         models: the measured models, the original first.
         metrics: one row per metric, model and split.
         checks: the self-checks of the audit and the checks behind the verdict.
@@ -126,14 +140,16 @@ class Results:
             ``{"step": 1, "request": name, "split": "forget"|"retain"|"previous", "accuracy": float,
             "n": int}``; step 0 is the original model.
         curves: ``{"forgetting": [{"step", "epoch", "split", "accuracy"}], "relearning": [{"model",
-            "learning_rate", "seed", "step", "accuracy"}]}``.
+            "learning_rate", "seed", "step", "accuracy"}], "embedding_attack": [{"model", "group",
+            "kind", "init", "budget", "rate", "mean_similarity", "n"}]}``.
         class_accuracy: ``{model name: [accuracy per class]}`` on the test split.
         confusion: ``{model name: [share of predictions per class]}`` on the forgotten test images.
         examples: pictures, each ``{"kind": "forgotten"|"most_changed_retained", "id", "label",
             "image" (base64 PNG), "predictions": {model name: [class, probability]}}``; of
             generators ``{"kind": "target"|"preserved"|"unconditional", "prompt", "count",
             "images": {model name: base64 PNG of `count` pictures side by side}}``, where the same
-            place in two strips is the same seed.
+            place in two strips is the same seed; of memorized pictures the kind is a split, and
+            ``training`` (base64 PNG) and ``attacked`` ({model name: base64 PNG}) come besides.
         not_measured: what was left out, each with its reason.
         not_claimed: what the report does not claim.
         provenance: versions, seeds, hashes, hardware, command.

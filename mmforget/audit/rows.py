@@ -224,6 +224,69 @@ METRICS: dict[str, Spec] = {
     "attack_latent_inversion": _fraction(
         "relearning", "none", 0.05, "pictures that show it from the noise of one that does"
     ),
+    # memorized pictures
+    "replication_rate": _fraction(
+        "forgetting", "lower", 0.05,
+        "share of prompts of which at least one picture is a copy of the training picture",
+    ),
+    "replicated_pictures": _fraction(
+        "forgetting", "lower", 0.05, "share of pictures that are copies of the training picture"
+    ),
+    "copy_similarity": Spec(
+        "forgetting", "lower", "", None, 1.0, 0.02,
+        "likeness to the training picture, median over prompts of the median over seeds",
+    ),
+    "copy_drop": Spec(
+        "forgetting", "higher", "", None, None, 0.02,
+        "likeness to the training picture lost against the original model at equal seeds",
+    ),
+    "specificity": Spec(
+        "forgetting", "higher", "", None, None, 0.02,
+        "that loss minus the likeness that pictures of ordinary prompts lost",
+    ),
+    "seed_similarity": Spec(
+        "generation", "lower", "", None, 1.0, 0.02,
+        "likeness of the pictures of one prompt to each other, median over prompts",
+    ),
+    "similarity_to_original": Spec(
+        "generation", "none", "", None, 1.0, 0.02,
+        "likeness to the picture of the original model at the same seed",
+    ),
+    "false_copies": _fraction(
+        "generation", "lower", 0.02,
+        "share of pictures of ordinary prompts that count as a copy of a training picture",
+    ),
+    "kid_to_real": Spec(
+        "generation", "lower", "", None, None, 0.01,
+        "unbiased kernel distance of pictures of ordinary prompts from real ones",
+    ),
+    "denoising_loss": Spec(
+        "utility", "lower", "", 0.0, None, 0.001,
+        "squared error of the prediction for real ordinary pictures, noise and times fixed",
+    ),
+    "denoising_loss_rise": Spec(
+        "utility", "lower", "fraction", -1.0, None, 0.01,
+        "how much that error has risen against the original model",
+    ),
+    "noise_magnitude": Spec(
+        "privacy", "none", "", 0.0, None, 0.0,
+        "how far the text moves the predicted noise, mean over steps and seeds",
+    ),
+    "detection_auc": _fraction(
+        "privacy", "closer_to_value", 0.05,
+        "can memorized prompts be told from ordinary ones by how far the text moves the noise",
+    ),
+    "attack_embedding": _fraction(
+        "relearning", "lower", 0.05,
+        "share of training pictures that some learned embedding brings back, strongest start",
+    ),
+    "attack_embedding_controls": _fraction(
+        "relearning", "none", 0.05, "the same for pictures that nobody was trained on"
+    ),
+    "attack_valid_steps": Spec(
+        "relearning", "none", "steps", 0.0, None, 1.0,
+        "steps up to which pictures that nobody was trained on stay hidden under the attack",
+    ),
     "edit_bytes": Spec("cost", "lower", "bytes", 0.0, None, 0.0, "size of the edit on the disk"),
     # cost
     "seconds": Spec("cost", "lower", "seconds", 0.0, None, 0.0, "wall-clock time of the method"),

@@ -36,6 +36,7 @@ class Entry:
         return self.target.partition(":")[2]
 
 
+_PICTURES = ("TextConditioned", "Generates", "Sites")
 _FEATURES = ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites")
 
 MODELS = (
@@ -166,6 +167,76 @@ METHODS = (
         ("TextConditioned", "Generates"),
         "none",
     ),
+    Entry(
+        "mmforget.methods.subspace_pruning:SubspacePruning",
+        "memories: zero the weights that memorized prompts use more than others",
+        "arXiv 2406.18566",
+        _PICTURES,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.neuron_ratio_pruning:NeuronRatioPruning",
+        "memories: zero hidden units that memorized prompts use many times more",
+        "",
+        _PICTURES,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.nemo:NeMo",
+        "memories: zero the value neurons that stand out at memorized prompts",
+        "NeurIPS 2024, arXiv 2406.02366",
+        _PICTURES,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.adversarial_fine_tuning:AdversarialFineTuning",
+        "memories: fine-tune against embeddings that bring pictures back",
+        "2025",
+        _PICTURES,
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.siss:SISS",
+        "memories: lower one error and raise the other by importance sampling",
+        "ICLR 2025, arXiv 2503.01034",
+        _PICTURES,
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.perp:PERP",
+        "memories: retrain biases, norms or a LoRA after pruning",
+        "arXiv 2312.15230",
+        _PICTURES,
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.retain_fine_tuning:RetainFineTuning",
+        "memories: fine-tune on ordinary pictures only, a baseline",
+        "",
+        _PICTURES,
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.pruning_controls:RandomPruning",
+        "control: as many weights as a mask, at random",
+        "",
+        _PICTURES,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.pruning_controls:MagnitudePruning",
+        "control: as many weights as a mask, the largest",
+        "",
+        _PICTURES,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.pruning_controls:BaseOnlyPruning",
+        "control: as many weights as a mask, by ordinary prompts",
+        "",
+        _PICTURES,
+        "none",
+    ),
     Entry("mmforget.methods.identity:Identity", "control: changes nothing", "", (), "none"),
     Entry(
         "mmforget.methods.logit_mask:LogitMask",
@@ -204,6 +275,11 @@ METRICS = (
     Entry("mmforget.metrics.perceptual:PerceptualDistance", "distance of pictures by layers"),
     Entry("mmforget.metrics.perceptual:PairedChange", "change of pictures at equal seeds"),
     Entry("mmforget.metrics.vacuous:VacuousCheck", "pictures that show nothing at all"),
+    Entry("mmforget.metrics.copying:ReplicationRate", "share of prompts that bring a copy"),
+    Entry("mmforget.metrics.copying:NormalisedCorrelation", "ncc: likeness of small pictures"),
+    Entry("mmforget.metrics.copying:PixelDistance", "l2: largest difference of a patch"),
+    Entry("mmforget.metrics.copying:DescriptorSimilarity", "likeness by a copy-detection network"),
+    Entry("mmforget.metrics.detection:detection_scores", "can memorized prompts be told apart?"),
 )
 
 ATTACKS = (
@@ -232,7 +308,64 @@ ATTACKS = (
         "mmforget.attacks.image_side:latent_inversion_attack",
         "latent_inversion: draw from the noise of a picture of the concept",
     ),
+    Entry(
+        "mmforget.attacks.embedding_inversion:embedding_attack",
+        "search for prompt embeddings that bring memorized pictures back",
+        "2025",
+    ),
 )
+
+DETECTORS = (
+    Entry(
+        "mmforget.detection.noise_magnitude:noise_magnitude",
+        "noise_magnitude: how far the text moves the predicted noise",
+        "ICLR 2024, arXiv 2407.21720",
+    ),
+    Entry(
+        "mmforget.detection.attention_entropy:attention_entropy",
+        "attention_entropy: how widely attention is spread over the text",
+        "arXiv 2403.11052",
+    ),
+    Entry(
+        "mmforget.detection.sharpness:sharpness",
+        "sharpness: how curved the probability is where pictures start",
+        "arXiv 2412.04140",
+    ),
+    Entry(
+        "mmforget.detection.seed_consistency:seed_consistency",
+        "how many seeds give the same picture; needs pictures only",
+        "arXiv 2301.13188",
+    ),
+    Entry(
+        "mmforget.detection.token_attribution:token_attribution",
+        "which words of a prompt bring a memory back",
+        "ICLR 2024, arXiv 2407.21720",
+    ),
+)
+
+MITIGATIONS = (
+    Entry(
+        "mmforget.mitigation.embedding_optimisation:EmbeddingOptimisation",
+        "change the embedding of a prompt until it no longer looks memorized",
+        "ICLR 2024, arXiv 2407.21720",
+    ),
+    Entry(
+        "mmforget.mitigation.token_randomisation:TokenRandomisation",
+        "insert random words or numbers into a prompt, or repeat its own",
+        "arXiv 2305.20086",
+    ),
+    Entry(
+        "mmforget.mitigation.token_randomisation:EmbeddingNoise",
+        "add noise to the embedding of a prompt",
+        "arXiv 2305.20086",
+    ),
+    Entry(
+        "mmforget.mitigation.attention_reweighting:AttentionReweighting",
+        "move attention from the end of a prompt to its beginning",
+        "arXiv 2403.11052",
+    ),
+)
+"""Ways to draw a memorized prompt without its memory; the weights stay as they are."""
 
 CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "models": MODELS,
@@ -240,10 +373,14 @@ CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "methods": METHODS,
     "metrics": METRICS,
     "attacks": ATTACKS,
+    "detectors": DETECTORS,
+    "mitigations": MITIGATIONS,
 }
 
 
 def fits(method: Entry, model: Entry) -> bool:
     """Whether the model offers what the method needs, and its data what the method reads."""
-    labelled = method.reads == "none" or model.samples == "labels"
-    return labelled and set(method.capabilities) <= set(model.capabilities)
+    # methods that are steered by prompts bring their own data
+    own = "TextConditioned" in method.capabilities
+    readable = own or method.reads == "none" or model.samples == "labels"
+    return readable and set(method.capabilities) <= set(model.capabilities)

@@ -8,11 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmforget.cli.pipelines import (
+    MISSED,
+    WORLD,
+    check_dtype,
+    load_pipeline,
+    read_defaults,
+    settings_of,
+)
 from mmforget.cli.requirements import Requirement, check
+from mmforget.cli.run_files import finish
 from mmforget.cli.settings import Options
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.erase import as_concepts, method_target
-from mmforget.errors import ConfigurationError, MissingFileError, ModelError, suggest
+from mmforget.errors import ConfigurationError, suggest
 from mmforget.request import ForgetRequest, slug
 
 if TYPE_CHECKING:
@@ -80,14 +89,8 @@ examples:
       --require 'target<=0.1' --require 'preserved_drop<=0.03' --format lora --save tench-lora
 """
 
-SHIPPED = {
-    "digit_world": "digit_world/diffusion_unet",
-    "digit_world_transformer": "digit_world/diffusion_transformer",
-}
 FORMATS = ("pipeline", "lora", "kohya", "edit")
-DTYPES = ("float32", "float16", "bfloat16")
 TOGETHER = "a {ink} {digit}"  # sentence of the digit world that names several facts
-MISSED = 3
 
 
 def run(args: list[str]) -> int:
@@ -133,7 +136,7 @@ def parsed(args: Sequence[str]) -> Namespace:
         parser.add_argument(f"--{name}", action="store_true")
     first = parser.parse_args(args)
     if first.config:
-        parser.set_defaults(**_file(first.config, vars(first)))
+        parser.set_defaults(**read_defaults(first.config, vars(first)))
         first = parser.parse_args(args)
     if not first.pipeline:
         raise ConfigurationError(
@@ -144,37 +147,8 @@ def parsed(args: Sequence[str]) -> Namespace:
         raise ConfigurationError(
             "`mmforget erase` needs `--concept`, the words that name what to erase"
         )
-    if first.dtype not in DTYPES:
-        raise ConfigurationError(f"`--dtype` is '{first.dtype}', {suggest(first.dtype, DTYPES)}")
+    check_dtype(first.dtype)
     return first
-
-
-def _file(name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that a YAML file gives.
-
-    Raises:
-        MissingFileError: there is no such file.
-        ConfigurationError: no mapping, an unknown key, or a value where a list belongs.
-    """
-    import yaml
-
-    path = Path(name)
-    if not path.is_file():
-        raise MissingFileError(f"there is no configuration file '{name}'; check the path")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"'{name}' is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"'{name}' holds no mapping; write `concept: [...]` and so on")
-    values = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for key, value in values.items():
-        if key not in known or key == "config":
-            raise ConfigurationError(f"'{name}' has the key '{key}'; {suggest(key, known)}")
-        if isinstance(known[key], list) != isinstance(value, list):
-            wanted = "a list" if isinstance(known[key], list) else "a single value"
-            raise ConfigurationError(f"'{name}' has `{key}: {value}`; give {wanted}")
-    return values
 
 
 def concepts_of(given: Namespace) -> tuple[ConceptSpec, ...]:
@@ -198,38 +172,6 @@ def concepts_of(given: Namespace) -> tuple[ConceptSpec, ...]:
     )
     check_together(concepts)
     return concepts
-
-
-def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` as a mapping; values are read as YAML reads them.
-
-    Raises:
-        ConfigurationError: no ``=``, or a name twice.
-    """
-    import yaml
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigurationError(f"`--set` is '{pair}'; write NAME=VALUE, such as 'eta=1'")
-        if name in found:
-            raise ConfigurationError(f"`--set` gives '{name}' twice; remove one")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[name] = value
-        if isinstance(found[name], str):
-            found[name] = _number(found[name])
-    return found
-
-
-def _number(text: str) -> str | float:
-    """YAML reads 1e-4 as a text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def requirements_of(given: Namespace) -> list[Requirement]:
@@ -280,7 +222,14 @@ def _run(
     judge, clip = readers(given, concepts, wanted) if given.audit else (None, None)
     if given.method != "auto":
         check_settings(find_method(given.method), settings)
-    original = load(given)
+    original = load_pipeline(
+        given.pipeline,
+        given.device,
+        given.dtype,
+        given.sampling_steps,
+        given.guidance,
+        given.after,
+    )
     original.check_length([p for c in concepts for word in c.words for p in c.prompts(word)])
     if given.audit:
         original.require_full_precision("the audit")
@@ -342,58 +291,6 @@ def requests_of(concepts: Sequence[ConceptSpec], sequence: bool) -> list[ForgetR
     return [ForgetRequest(concepts=part) for part in parts]
 
 
-def pipeline_folder(name: str) -> str:
-    """Resolve the names of the shipped pipelines; everything else stays.
-
-    Raises:
-        MissingFileError: a shipped pipeline that is not installed.
-    """
-    if name not in SHIPPED:
-        return name
-    from importlib import resources
-
-    folder = Path(str(resources.files("mmforget") / "assets" / SHIPPED[name]))
-    if not (folder / "model_index.json").is_file():
-        raise MissingFileError(f"the pipeline '{name}' is not installed; reinstall mmforget")
-    return str(folder)
-
-
-def load(given: Namespace) -> DiffusionGenerator:
-    """Load the pipeline, move it, and apply earlier edits.
-
-    Raises:
-        MMForgetError: see `load_generator` and `WeightEdit.apply`.
-    """
-    import torch
-
-    from mmforget.models.diffusion import load_generator
-    from mmforget.models.weight_edit import WeightEdit
-
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if given.dtype != "float32" and device == "cpu":
-        raise ModelError(
-            f"`--dtype` is '{given.dtype}', but the CPU needs float32; leave it out or use a GPU"
-        )
-    edits = [WeightEdit.load(path) for path in given.after]
-    model = load_generator(
-        pipeline_folder(given.pipeline),
-        torch_dtype=getattr(torch, given.dtype),
-        steps=given.sampling_steps or 20,
-        guidance=guidance_of(given),
-    )
-    for number, edit in enumerate(edits):
-        edit.apply(model, check_base=number == 0)  # the others were made for what came before them
-    model.pipeline.set_progress_bar_config(disable=True)
-    return model.to(device)
-
-
-def guidance_of(given: Namespace) -> float:
-    """The scale that was given, or what is usual."""
-    if given.guidance is not None:
-        return float(given.guidance)
-    return 3.0 if given.pipeline in SHIPPED else 7.5
-
-
 def audit_settings(given: Namespace) -> Any:
     """Settings of the audit.
 
@@ -402,7 +299,7 @@ def audit_settings(given: Namespace) -> Any:
     """
     from mmforget.audit.concepts import ConceptAuditSettings
 
-    world = given.judge == "digit_world" or (given.judge is None and given.pipeline in SHIPPED)
+    world = given.judge == "digit_world" or (given.judge is None and given.pipeline in WORLD)
     return ConceptAuditSettings(
         seed=given.seed,
         pictures=given.pictures,
@@ -424,7 +321,7 @@ def readers(given: Namespace, concepts: Sequence[ConceptSpec], wanted: Any) -> t
     from mmforget.metrics.judge import load_judge
     from mmforget.models.clip import load_clip
 
-    own = "digit_world" if given.pipeline in SHIPPED else ""
+    own = "digit_world" if given.pipeline in WORLD else ""
     sources: list[str] = [given.judge or own, given.clip or own]
     judge: Any = load_judge(sources[0]) if sources[0] else None
     clip = load_clip(sources[1]) if sources[1] else None
@@ -554,17 +451,9 @@ def write(
     settings: Mapping[str, Any],
 ) -> None:
     """Leave behind what every run leaves behind, and enter it into the ledger."""
-    import json
-    import os
-
-    import yaml
-
-    from mmforget.artifacts.ledger import Ledger
-    from mmforget.artifacts.manifest import Manifest, config_hash, manifest_hash
+    from mmforget.artifacts.manifest import Manifest, config_hash
     from mmforget.artifacts.model_card import model_card
-    from mmforget.artifacts.run_folder import atomic_write
     from mmforget.artifacts.save import save_artifact
-    from mmforget.report.write import write_report
 
     where = ("config", "run", "overwrite", "no_open", "quiet", "save", "ledger")
     config = {k: v for k, v in vars(given).items() if k not in where and v not in (None, [])}
@@ -593,27 +482,15 @@ def write(
         model_card(manifest, requests, results, library="diffusers"),
         adapters=adapters,
     )
-    asked = [request.to_dict() | {"hash": request.hash} for request in requests]
-    atomic_write(
-        folder.work / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    )
-    atomic_write(
-        folder.work / "request.json", json.dumps({"requests": asked}, indent=1, ensure_ascii=False)
-    )
-    if results is not None:
-        atomic_write(folder.work / "results.json", results.to_json())
-        write_report([results], folder.work)
-    folder.commit()
-    ledger = Ledger(given.ledger or folder.path.parent / "ledger.jsonl")
-    ledger.append(
+    finish(
+        folder,
+        config,
+        requests,
+        results,
+        given.ledger,
         {
-            "run": folder.path.name,
-            "artifact": os.path.relpath(folder.path / "artifact", ledger.path.parent),
-            "manifest": manifest_hash(folder.path / "artifact"),
             "method": saved.method,
-            "requests": asked,
             "base_hash": saved.base_hash,
             "result_hash": saved.result_hash,
-            "verdict": results.verdict.outcome if results else "not audited",
-        }
+        },
     )

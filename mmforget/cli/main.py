@@ -11,6 +11,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("quickstart", "forget two digits in the digit world and open the report"),
     "forget": ("forget", "forget a request, or a sequence of them; save, audit, report"),
     "erase": ("erase", "make a text-to-image pipeline forget concepts, without any file"),
+    "memorization": (
+        "memorization",
+        "find, prune, attack and repair memorized pictures in a text-to-image pipeline",
+    ),
     "fit": ("fit", "train a model: the original, or the retrained one without the forget set"),
     "validate": ("validate", "accuracy of a model on the validation data"),
     "test": ("test", "accuracy of a model on the test data"),
@@ -23,7 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "copy the weights of a run, also with one request withdrawn"),
 }
 """Command: module in `mmforget.cli` and one line for the help. Each module has a text ``HELP`` and
-a function ``run(args) -> exit code``, and imports torch only inside `run`."""
+a function ``run(args) -> exit code``, and imports torch only inside `run`. One that has commands of
+its own also has ``help_for(args)``."""
 
 ALIASES = {"evaluate": "audit"}
 
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not args or args[0] in ("--help", "-h", "help"):
         if args[1:]:
-            return main([args[1], "--help"])
+            return main([*args[1:], "--help"])
         print(_usage(), end="")
         return 0
     if args[0] == "--version":
@@ -73,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"there is no {kind} '{command}'; {suggest(command, choices)}")
     module = importlib.import_module(f"mmforget.cli.{COMMANDS[command][0]}")
     if any(arg in ("--help", "-h") for arg in args[1:]):
-        print(module.HELP.strip())
+        text = module.help_for(args[1:]) if hasattr(module, "help_for") else module.HELP
+        print(text.strip())
         return 0
     try:
         return int(module.run(args[1:]))

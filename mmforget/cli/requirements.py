@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmforget.errors import ConfigurationError, suggest
@@ -27,20 +27,42 @@ REQUIRABLE: Mapping[str, tuple[str, str]] = {
 }
 """Name: beginning of the metric, split or its beginning; of several values the worst counts."""
 
+OF_MEMORIES: Mapping[str, tuple[str, str]] = {
+    "copies": ("replication_rate", "located/"),
+    "held_out_copies": ("replication_rate", "held_out/"),
+    "likeness": ("copy_similarity", "located/"),
+    "specificity": ("specificity", "located/"),
+    "loss_rise": ("denoising_loss_rise", "ordinary"),
+    "kid": ("kid_to_real", "ordinary"),
+    "attack": ("attack_embedding", "located/"),
+}
+"""The same for `mmforget memorization`."""
+
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A condition that the unlearned model must meet."""
+    """A condition that the unlearned model must meet.
+
+    Attributes:
+        name: a key of `known`.
+        sign, limit: the condition.
+        known: where the values of a name are found.
+    """
 
     name: str
     sign: str
     limit: float
+    known: Mapping[str, tuple[str, str]] = field(default_factory=lambda: REQUIRABLE, repr=False)
 
     @classmethod
-    def parse(cls, text: str) -> Requirement:
+    def parse(cls, text: str, known: Mapping[str, tuple[str, str]] = REQUIRABLE) -> Requirement:
         """Read ``name<=value``.
+
+        Args:
+            text: the condition.
+            known: the names that there are.
 
         Raises:
             ConfigurationError: no condition, or an unknown name.
@@ -48,20 +70,21 @@ class Requirement:
         found = CONDITION.fullmatch(text)
         if found is None:
             raise ConfigurationError(
-                f"`--require` is '{text}'; write a name, a sign and a number, such as 'target<=0.1'"
+                f"`--require` is '{text}'; write a name, a sign and a number, such as "
+                f"'{next(iter(known))}<=0.1'"
             )
         name, sign, number, percent = found.groups()
-        if name not in REQUIRABLE:
-            raise ConfigurationError(f"`--require` names '{name}'; {suggest(name, REQUIRABLE)}")
+        if name not in known:
+            raise ConfigurationError(f"`--require` names '{name}'; {suggest(name, known)}")
         try:
             limit = float(number) / (100 if percent else 1)
         except ValueError as error:
             raise ConfigurationError(f"`--require` is '{text}'; '{number}' is no number") from error
-        return cls(name, sign, limit)
+        return cls(name, sign, limit, known)
 
     def measured(self, results: Results) -> float | None:
         """The worst value of the unlearned models; None if there is none."""
-        metric, split = REQUIRABLE[self.name]
+        metric, split = self.known[self.name]
         models = {entry.name for entry in results.by_role("unlearned")}
         values = [
             row.value

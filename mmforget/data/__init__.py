@@ -11,6 +11,9 @@ _EXPORTS = {
     "mmforget.data.digit_world": ("DigitWorld",),
     "mmforget.data.huggingface": ("HuggingFaceData",),
     "mmforget.data.image_folder": ("ImageFolderData",),
+    "mmforget.data.memorized": ("Captioned", "Coverage", "MemorizedPrompt", "MemorizedSet"),
+    "mmforget.data.memorized_files": ("load_captioned", "load_memorized", "save_memorized"),
+    "mmforget.data.planted": ("planted_memories",),
     "mmforget.data.split": ("ForgetSplit",),
     "mmforget.data.torchvision_data": ("TorchvisionData",),
 }

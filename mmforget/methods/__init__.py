@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmforget._lazy import lazy_attributes
 
 _EXPORTS = {
+    "mmforget.methods.adversarial_fine_tuning": ("AdversarialFineTuning",),
     "mmforget.methods.base": ("ForgettingMethod", "GradientMethod", "StatisticsMethod"),
     "mmforget.methods.concept_ablation": ("ConceptAblation",),
     "mmforget.methods.concept_salun": ("ConceptSalUn",),
@@ -14,14 +15,28 @@ _EXPORTS = {
     "mmforget.methods.head_only": ("HeadOnly",),
     "mmforget.methods.identity": ("Identity",),
     "mmforget.methods.logit_mask": ("LogitMask",),
+    "mmforget.methods.memory_fine_tuning": ("MemoryFineTuning",),
     "mmforget.methods.neg_grad_plus": ("NegGradPlus",),
+    "mmforget.methods.nemo": ("NeMo",),
+    "mmforget.methods.neuron_ratio_pruning": ("NeuronRatioPruning",),
+    "mmforget.methods.perp": ("PERP",),
+    "mmforget.methods.pruning": ("PruningMethod",),
+    "mmforget.methods.pruning_controls": (
+        "BaseOnlyPruning",
+        "MagnitudePruning",
+        "RandomPruning",
+    ),
     "mmforget.methods.random_labels": ("RandomLabels",),
     "mmforget.methods.rece": ("RECE",),
+    "mmforget.methods.retain_fine_tuning": ("RetainFineTuning",),
     "mmforget.methods.retrain": ("Retrain",),
     "mmforget.methods.salun": ("SalUn",),
     "mmforget.methods.scrub": ("SCRUB",),
+    "mmforget.methods.siss": ("SISS",),
     "mmforget.methods.sld": ("SLD",),
     "mmforget.methods.ssd": ("SSD",),
+    "mmforget.methods.subspace_pruning": ("SubspacePruning",),
+    "mmforget.methods.surrogates": ("make_surrogates", "ordinary_surrogates"),
     "mmforget.methods.text_guided": ("ConceptMethod", "DenoisingMethod"),
     "mmforget.methods.uce": ("UCE",),
 }

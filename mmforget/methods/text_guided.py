@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,25 +9,24 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmforget import __version__
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
 from mmforget.data.denoising import DenoisingRecords, RecordStream, spread
 from mmforget.errors import ConfigurationError
-from mmforget.methods.base import ForgettingMethod, GradientMethod, OptimizerName, joined
+from mmforget.methods.base import ForgettingMethod, OptimizerName, joined
+from mmforget.methods.denoiser_training import DenoiserTraining
 from mmforget.models.base import (
     Generates,
     Model,
     PromptEmbedding,
     Sites,
     TextConditioned,
-    state_hash,
 )
-from mmforget.models.weight_edit import WeightEdit, base_facts
+from mmforget.models.weight_edit import WeightEdit
 
 logger = logging.getLogger(__name__)
 
@@ -107,21 +105,17 @@ def at_least_one(**counts: int | None) -> None:
             raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
 
 
-class DenoisingMethod(ConceptMethod, GradientMethod):
+class DenoisingMethod(DenoiserTraining, ConceptMethod):
     """Base of the methods that fine-tune the denoiser by regression on `DenoisingRecords`.
 
     Subclasses make the records from the frozen model, once, and choose the weights. The loss is
     ``mean_forget |eps(x, t, c) - target|^2 + retain_weight * mean_retain |...|^2``, both means over
     all elements. Needs no data module: ``Trainer(max_steps=200).fit(method)``.
 
-    The trained weights and the optimizer work in single precision. If the rest of the network is in
-    half precision, which needs a GPU, passes run under autocast, and `finalize` returns the type
-    that was given.
-
     Args:
         model, concepts: see `ConceptMethod`.
-        copy, seed, lr, weight_decay, optimizer: see `GradientMethod`. The learning rate falls to a
-            tenth along a cosine over all steps.
+        copy, seed, lr, weight_decay, optimizer: see `DenoiserTraining`. The learning rate falls to
+            a tenth along a cosine over all steps.
         batch_size: forget records per step, over all processes.
         retain_batch_size: retain records per step.
         retain_weight: weight of the retain loss, 0 or more.
@@ -150,44 +144,17 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         retain_weight: float = 1.0,
         clip: float = 1.0,
     ) -> None:
-        # GradientMethod's arguments are set here because the two bases take different ones.
         ConceptMethod.__init__(self, model, concepts, copy=copy, seed=seed)
-        self.check_training(lr, optimizer)
         at_least_one(batch_size=batch_size, retain_batch_size=retain_batch_size)
         if not retain_weight >= 0:
             raise ConfigurationError(f"`retain_weight` is {retain_weight}, it must be 0 or more")
-        if not clip > 0:
-            raise ConfigurationError(f"`clip` is {clip}, it must be positive")
-        self.model.require_full_precision(f"{type(self).__name__}")
-        self.lr, self.lr_min, self.weight_decay = lr, lr / 10, weight_decay
-        self.optimizer_name, self.freeze_bn = optimizer, True
         self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
-        self.retain_weight, self.clip = retain_weight, clip
+        self.retain_weight = retain_weight
         self.records: dict[str, DenoisingRecords] = {}
         self._table: PromptEmbedding | None = None
-        self._base_hash = state_hash(self.model.network)
-        self._type: torch.dtype = self.model.dtype_of_network
-        self.model.requires_grad_(False)
-        trained = {id(parameter) for parameter in self.trained()}
-        self._names: list[str] = []
-        self.trained_parameters = 0
-        for name, parameter in self.model.network.named_parameters():
-            if id(parameter) in trained:
-                self._names.append(name)
-                self.trained_parameters += parameter.numel()
-                parameter.requires_grad_(True)
-                if self._half:
-                    parameter.data = parameter.data.float()
-
-    @property
-    def _half(self) -> bool:
-        return self._type in (torch.float16, torch.bfloat16)
+        self.prepare(lr, weight_decay, optimizer, clip)
 
     # ---- for subclasses -------------------------------------------------------------------------
-
-    @abstractmethod
-    def trained(self) -> list[nn.Parameter]:
-        """Parameters of the denoiser that are trained; never empty. Called once."""
 
     @abstractmethod
     def forget_records(self) -> DenoisingRecords:
@@ -241,9 +208,6 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
             self.spend(forget=records["forget"].passes)
             self.spend(retain=retained.passes if retained is not None else 0)
 
-    def teardown(self, stage: str) -> None:
-        """Nothing to lift: there is no data module."""
-
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of both sets; an epoch goes once through the forget records."""
         sizes = {"forget": self.batch_size, "retain": self.retain_batch_size}
@@ -251,10 +215,6 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
         return DataLoader(RecordStream(self.records, sizes, self.seed, first), batch_size=None)
 
     # ---- training -------------------------------------------------------------------------------
-
-    def on_train_epoch_start(self) -> None:
-        """Denoisers train in eval mode, since dropout would blur the teacher's answers."""
-        self.model.eval()
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Regression on both streams, in one forward pass."""
@@ -277,65 +237,13 @@ class DenoisingMethod(ConceptMethod, GradientMethod):
             terms["retain"] = self.retain_weight * self.global_mean(error[size:], weight[size:])
         return terms
 
-    def _autocast(self) -> Any:
-        if not self._half:
-            return contextlib.nullcontext()
-        return torch.autocast(self.trainer.strategy.root_device.type, self._type)
-
     def count(self, batch: Any) -> None:
         """Count forward and backward passes of the step."""
         kept = int(batch["retain"]["weight"].sum()) if "retain" in batch else 0
         self.spend(int(batch["forget"]["weight"].sum()), kept, backward=True)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer with a cosine over all steps instead of epochs."""
-        settings = super().configure_optimizers()
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            settings["optimizer"], steps, self.lr_min
-        )
-        settings["lr_scheduler"] = {"scheduler": schedule, "interval": "step"}
-        return settings
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the method's norm, unless the trainer has one."""
-        if gradient_clip_val is None:
-            gradient_clip_val, gradient_clip_algorithm = self.clip, "norm"
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ---- the end --------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
         """The concepts, and the number of trained parameters."""
         return super().statistics() | {"trained_parameters": self.trained_parameters}
-
-    def metadata(self) -> dict[str, Any]:
-        """Where a weight edit comes from: base model, method, concepts and seed, as plain data."""
-        return {
-            **base_facts(self.model, self._base_hash),
-            "method": type(self).__name__,
-            "method_version": __version__,
-            "seed": self.seed,
-            **self.statistics(),
-        }
-
-    def edit(self) -> None:
-        """Give the trained parameters the type of the network again."""
-        if self._half:
-            for name in self._names:
-                parameter = self.model.network.get_parameter(name)
-                parameter.data = parameter.data.to(self._type)
-
-    def weight_edit(self) -> WeightEdit:
-        """The trained parameters, whole."""
-        network = self.model.network
-        return WeightEdit(
-            self.model.component,
-            tensors={name: network.get_parameter(name).detach().clone() for name in self._names},
-            metadata=self.metadata(),
-        )

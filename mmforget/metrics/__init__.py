@@ -6,6 +6,19 @@ from mmforget._lazy import lazy_attributes
 
 _EXPORTS = {
     "mmforget.metrics.clip": ("CLIPScore", "ConceptProbability"),
+    "mmforget.metrics.copying": (
+        "CopySimilarity",
+        "DescriptorSimilarity",
+        "NormalisedCorrelation",
+        "PixelDistance",
+        "ReplicationRate",
+        "copy_thresholds",
+        "load_similarity",
+        "load_sscd",
+        "memory_thresholds",
+        "similarity_to_memories",
+    ),
+    "mmforget.metrics.detection": ("detection_scores",),
     "mmforget.metrics.distribution": ("FeatureNetwork", "FrechetDistance", "KernelDistance"),
     "mmforget.metrics.judge": ("ClassifierJudge", "ClipJudge", "ConceptRates", "load_judge"),
     "mmforget.metrics.perceptual": ("LayerDistance", "PairedChange", "PerceptualDistance"),

@@ -18,6 +18,8 @@ from mmforget.report.words import (
     DIRECTIONS,
     FAMILIES,
     GROUPS,
+    MEMORIES,
+    MEMORY_KINDS,
     METRICS,
     PROMPTS,
     ROLES,
@@ -25,6 +27,7 @@ from mmforget.report.words import (
     STAGES,
     UNITS,
     is_generator,
+    is_memorization,
 )
 
 MISSING = "–"
@@ -70,7 +73,9 @@ def with_unit(row: MetricResult, value: float) -> str:
 
 def _bare(row: MetricResult, value: float) -> str:
     # values without unit are ratios and similarities, of which 1 is not an integer
-    return f"{value:.3f}" if not row.unit and abs(value) <= 1 else number(value)
+    if not row.unit and abs(value) <= 1:
+        return f"{round(value, 3) + 0.0:.3f}"  # never -0.000
+    return number(value)
 
 
 def interval(row: MetricResult) -> str:
@@ -110,6 +115,8 @@ def split_text(split: str) -> str:
     prompts, slash, word = split.partition("/")
     if slash and prompts in PROMPTS:
         return f"{PROMPTS[prompts]} “{word}”"
+    if prompts in MEMORIES and word in MEMORY_KINDS:
+        return f"{MEMORY_KINDS[word]}, {MEMORIES[prompts]}"
     if split in GROUPS:
         return GROUPS[split]
     stage, _, role = split.replace("/", "_").partition("_")
@@ -151,12 +158,23 @@ def ids_text(ids: Sequence[int]) -> str:
 
 def request_text(request: Mapping[str, Any], results: Results | None = None) -> str:
     """What one request asked, never its reason; sample ids as count and hash."""
+    memorized = [one for one in request.get("concepts", []) if one["kind"] == "memorized"]
+    if memorized and len(memorized) == len(request["concepts"]):
+        return memorized_text(memorized)
     if request.get("concepts"):
         return "; ".join(concept_text(concept) for concept in request["concepts"])
     if request.get("samples"):
         return ids_text(request["samples"])
     names = [class_name(results, key) if results else str(key) for key in request["classes"]]
     return f"{'class' if len(names) == 1 else 'classes'} {', '.join(names)}"
+
+
+def memorized_text(concepts: Sequence[Mapping[str, Any]]) -> str:
+    """Memorized prompts as count and hash: captions name people, and there may be hundreds."""
+    body = json.dumps(sorted(concept["target"] for concept in concepts))
+    digest = short_hash(hashlib.sha256(body.encode()).hexdigest())
+    count = len(concepts)
+    return f"{count} memorized prompt{'s' if count > 1 else ''}, SHA-256 {digest}"
 
 
 def concept_text(concept: Mapping[str, Any]) -> str:
@@ -343,6 +361,13 @@ def reading(results: Results) -> str:
     """How to read the table of measurements."""
     methods = sorted({row.ci_method for row in results.metrics if row.ci_method})
     intervals = f"95 % intervals ({'; '.join(methods)})" if methods else "95 % intervals"
+    if is_memorization(results):
+        return (
+            f"Small numbers are {intervals}. All models draw the same prompts from the same noise, "
+            "except the control with other seeds. Controls that change weights are masks of the "
+            "same density that locate nothing: what they achieve, locating has not achieved. "
+            "Verbatim and template memories are different things and have rows of their own."
+        )
     if is_generator(results):
         return (
             f"Small numbers are {intervals}. All models draw the same prompts from the same noise, "
@@ -406,6 +431,18 @@ def _read_first(results: Results) -> list[tuple[str, str, str]]:
             ("accuracy", "test_forget", "Accuracy on forgotten data"),
             ("accuracy", "test_retain", "Accuracy on retained data"),
             ("accuracy", "test_previous", "Accuracy on earlier forgotten data"),
+        ]
+    if is_memorization(results):
+        splits = list(results.data.get("prompts", {}))
+        located = [split for split in splits if split.startswith("located/")]
+        attacked = any(row.metric == "attack_embedding" for row in results.metrics)
+        copied = located if attacked else splits
+        return [
+            *(("replication_rate", split, f"Copies: {split_text(split)}") for split in copied),
+            *(
+                ("attack_embedding", split, f"Under attack: {split_text(split)}")
+                for split in located
+            ),
         ]
     words = [c["target"] for request in results.requests for c in request.get("concepts", [])]
     return [
@@ -498,6 +535,9 @@ def request_facts(results: Results) -> list[tuple[str, str]]:
         for row in results.requests
     ]
     sizes = results.data.get("sizes", {})
+    if is_memorization(results):
+        drawn = "; ".join(f"{split_text(split)}: {number(n)}" for split, n in sizes.items())
+        return [*facts, ("pictures of each model", drawn)]
     if is_generator(results):
         drawn = ", ".join(
             f"{split_text(split)}{'' if '/' in split else ':'} {number(size)}"

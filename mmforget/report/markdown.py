@@ -88,6 +88,26 @@ def forgetting_table(results: Results) -> Markdown:
     )
 
 
+def search_table(results: Results) -> Markdown:
+    """Share and likeness of what an embedding search brings back, per model, pictures and start."""
+    rows = [
+        [
+            row["model"],
+            " ".join(filter(None, (pictures.ATTACK_GROUPS[row["group"]][0], row["kind"]))),
+            row["init"],
+            row["budget"],
+            row["n"],
+            content.MISSING if row["rate"] is None else content.percent(row["rate"]),
+            content.MISSING
+            if row["mean_similarity"] is None
+            else content.number(row["mean_similarity"]),
+        ]
+        for row in results.curves["embedding_attack"]
+    ]
+    head = ["model", "pictures", "start", "steps", "n", "brought back", "mean likeness"]
+    return table(head, rows)
+
+
 def render_markdown(results: Results) -> str:
     """The report of one audit as Markdown."""
     return _render("report.md.j2", r=results)
@@ -105,7 +125,9 @@ def render_comparison_markdown(runs: Sequence[Results]) -> str:
 def _render(template: str, **values: object) -> str:
     environment = environment_for(escape=False)
     environment.finalize = lambda value: value if isinstance(value, Markdown) else escape(value)
-    functions = (table, metric_table, track_table, relearning_table, forgetting_table)
+    functions = (
+        table, metric_table, track_table, relearning_table, forgetting_table, search_table
+    )  # fmt: skip
     text = environment.get_template(template).render(
         content=content,
         pictures=pictures,

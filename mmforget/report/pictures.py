@@ -180,6 +180,72 @@ def relearning_chart(results: Results, key: str) -> LineChart | None:
     )
 
 
+ATTACK_GROUPS = {
+    "memorized": ("memorized pictures", "unlearned"),
+    "held_out": ("held-out memories", "held_out"),
+    "original": ("memorized pictures, original model", "original"),
+    "control": ("pictures that nobody was trained on", "control"),
+    "ordinary": ("other ordinary pictures", ""),
+}
+"""Group of pictures under attack: its name, and the role whose colour its line has, if it has one.
+"""
+
+
+def attack_charts(results: Results) -> list[LineChart]:
+    """What an embedding search brings back after how many steps, per model and kind of memory.
+
+    The lines of the original model stand beside those of each unlearned one. Steps are drawn at
+    equal distances, since the first ones matter most.
+    """
+    rows = [row for row in results.curves.get("embedding_attack", []) if row["rate"] is not None]
+    budgets = sorted({row["budget"] for row in rows})
+    if len(budgets) < 2:
+        return []
+    place = {budget: 100 * i / (len(budgets) - 1) for i, budget in enumerate(budgets)}
+    inits = list(dict.fromkeys(row["init"] for row in rows))
+    first = results.by_role("original")[0].name
+    charts = []
+    for entry in results.by_role("unlearned"):
+        own = [row for row in rows if row["model"] == entry.name]
+        # the original's own curve, under the name that it has beside another model
+        before = [
+            row | {"group": "original"}
+            for row in rows
+            if row["model"] == first and row["group"] == "memorized"
+        ]
+        for kind in dict.fromkeys(row["kind"] for row in own if row["group"] == "memorized"):
+            series = []
+            for group, (title, role) in ATTACK_GROUPS.items():
+                for init in inits if role else ():
+                    points = sorted(
+                        (place[row["budget"]], row["rate"])
+                        for row in (*own, *before)
+                        if (row["group"], row["init"]) == (group, init)
+                        and row["kind"] in (kind, "")
+                    )
+                    if points:
+                        series.append(
+                            Series(
+                                f"{title}, {init} start",
+                                f"role-{role}",
+                                DASHES[inits.index(init) % len(DASHES)],
+                                _path(points),
+                                _dots(points),
+                            )
+                        )
+            ticks = tuple((place[budget], number(budget)) for budget in budgets)
+            name = f"{kind} memories" if kind in ("verbatim", "template") else "memories"
+            charts.append(
+                LineChart(
+                    f"{entry.name}: {name} that an embedding search brings back",
+                    "steps of the search",
+                    tuple(series),
+                    ticks,
+                )
+            )
+    return charts
+
+
 def _mean(run: Sequence[tuple[int, float]]) -> float:
     return statistics.fmean(accuracy for _, accuracy in run)
 
@@ -348,32 +414,42 @@ def prediction_rows(found: Sequence[Picture]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Strip:
-    """Pictures of one prompt by several models: (model, role, base64 PNG), equal seeds in columns.
+    """Pictures of one prompt by several models: (title, role, base64 PNG), equal seeds in columns.
+
+    The role of the training picture is ``training``, that of pictures after an attack the model's.
 
     Attributes:
         prompt: what was asked for.
         count: pictures per strip.
         images: one strip per model.
+        attacked: whether there are pictures after an attack, whose seeds are their own.
     """
 
     prompt: str
     count: int
     images: tuple[tuple[str, str, str], ...]
+    attacked: bool = False
 
 
 def strips(results: Results, kind: str) -> list[Strip]:
-    """Rows of pictures of one kind: original first, then unlearned models, then controls."""
-    order = {entry.name: number for number, entry in enumerate(results.models)}
-    roles = {entry.name: entry.role for entry in results.models}
-    return [
-        Strip(
-            example["prompt"] or "(no prompt)",
-            example["count"],
-            tuple(
-                (name, roles[name], image)
-                for name, image in sorted(example["images"].items(), key=lambda i: order[i[0]])
-            ),
-        )
-        for example in results.examples
-        if example["kind"] == kind and "images" in example
-    ]
+    """Rows of pictures of one kind: original first, then unlearned models, then controls.
+
+    Of memorized pictures the training picture comes first, and after each model what an attack has
+    brought back in it.
+    """
+    examples = [e for e in results.examples if e["kind"] == kind and "images" in e]
+    attacked = {name for example in examples for name in example.get("attacked", {})}
+    found = []
+    for example in examples:
+        images: list[tuple[str, str, str]] = []
+        if "training" in example:
+            images.append(("training picture", "training", example["training"]))
+        for entry in results.models:
+            if entry.name in example["images"]:
+                images.append((entry.name, entry.role, example["images"][entry.name]))
+            if entry.name in attacked:
+                image = example.get("attacked", {}).get(entry.name, "")
+                images.append((f"{entry.name}, after attack", entry.role, image))
+        prompt = example["prompt"] or "(no prompt)"
+        found.append(Strip(prompt, example["count"], tuple(images), bool(attacked)))
+    return found

@@ -9,27 +9,47 @@ OUTCOMES: dict[str, tuple[str, str]] = {
     "not_forgotten": ("Not forgotten", "✕"),
     "damaged": ("Forgotten, but the rest was damaged", "!"),
     "not_discriminative": ("Evaluation not discriminative", "?"),
+    "removed": ("Removed, as far as the attack went", "✓"),
+    "hidden": ("Hidden, not removed", "✕"),
+    "present": ("Still memorized", "✕"),
+    "unattacked": ("No copies, but not tested under attack", "≈"),
 }
 """Outcome: label, sign."""
 
 ANSWERS_ONLY = ("Forgotten in its answers, not shown inside", "≈")
 """A model that answers as asked while a check of its inside, or of privacy, failed."""
 
-
 PICTURES_ONLY = ("Forgotten in its pictures, but not every check holds", "≈")
 """A generator that no longer draws it when asked, while an attack or a required value failed."""
 
 
+REMOVED_ONLY = ("Removed, but not every check holds", "≈")
+"""A memory that no attack finds, while held-out memories, a required value or the locating fail."""
+
+COPIES_DAMAGED = ("No copies, but the rest was damaged", "!")
+"""Harm to ordinary pictures, whatever is known of the memory; never said together with removal."""
+
+
 def is_generator(results: Results) -> bool:
     """Whether the audit was one of pictures that the models draw."""
-    return bool(results.data.get("kind") == "generator")
+    return results.data.get("kind") in ("generator", "memorization")
+
+
+def is_memorization(results: Results) -> bool:
+    """Whether the audit was one of memorized training pictures."""
+    return bool(results.data.get("kind") == "memorization")
 
 
 def headline(results: Results) -> tuple[str, str, str]:
     """Label, sign and style of the verdict; green only if every check holds."""
     outcome = results.verdict.outcome
-    if outcome == "forgotten" and any(check.passed is False for check in results.checks):
+    failed = any(check.passed is False for check in results.checks)
+    if outcome == "forgotten" and failed:
         return (*(PICTURES_ONLY if is_generator(results) else ANSWERS_ONLY), "damaged")
+    if outcome == "removed" and failed:
+        return (*REMOVED_ONLY, "damaged")
+    if outcome == "damaged" and is_memorization(results):
+        return (*COPIES_DAMAGED, "damaged")
     return (*OUTCOMES[outcome], outcome)
 
 
@@ -83,18 +103,49 @@ PROMPTS = {
     "unconditional": "no prompt,",
 }
 """Splits of generator audits: ``role/word``."""
+
+MEMORIES = {"located": "read by the method", "held_out": "held out"}
+"""Groups of memorized prompts; their splits are ``group/kind``."""
+
+MEMORY_KINDS = {
+    "verbatim": "verbatim memories",
+    "template": "template memories",
+    "unknown": "memories of unknown kind",
+}
 GROUPS = {
     "target": "all prompts with what was erased",
     "preserved": "all preserved concepts",
     "unconditional": "no prompt",
+    "ordinary": "ordinary prompts",
+    "never_trained": "never trained on",
 }
 """Splits of generator audits that hold several words."""
 EXAMPLES = {
     "target": "What was erased, before and after",
     "preserved": "What must stay, before and after",
     "unconditional": "Without a prompt",
+    **{
+        f"{group}/{kind}": f"{title}, {where}"
+        for group, where in MEMORIES.items()
+        for kind, title in (
+            ("verbatim", "Verbatim memories"),
+            ("template", "Template memories"),
+            ("unknown", "Memories of unknown kind"),
+        )
+    },
+    "ordinary": "Ordinary prompts, before and after",
 }
 """Kinds of pictures in generator audits."""
+
+AFTER_ATTACK = (
+    "Pictures after an attack are drawn from the embedding that it found, from other noise."
+)
+SEARCH = (
+    "The attacker has the weights and searches, for each picture, the embedding under which the "
+    "model denoises it best, with new noise in every step. A search says something only as long as "
+    "it does not draw pictures that nobody was trained on."
+)
+"""Explanation of the curves of an embedding search."""
 
 UNITS = {"seconds": "s", "passes": ""}
 """Units that are printed otherwise than they are written; `passes` are named by the metric."""
@@ -306,6 +357,77 @@ METRICS: dict[str, tuple[str, str]] = {
     "attack_latent_inversion": (
         "From the noise of a picture",
         "Share of pictures that show it when drawn from the noise that a picture of it comes from.",
+    ),
+    "replication_rate": (
+        "Replication rate",
+        "Share of prompts for which at least one picture is a copy of the training picture. "
+        "Verbatim memories (every seed gives the picture) and templates (a part is copied) are "
+        "never counted together.",
+    ),
+    "replicated_pictures": ("Copied pictures", "Share of all pictures that are copies."),
+    "copy_similarity": (
+        "Likeness to the training picture",
+        "1 is the same picture; what counts as a copy is among the data below. Median over prompts "
+        "of the median over seeds.",
+    ),
+    "copy_drop": (
+        "Likeness lost",
+        "How much less the pictures resemble the training picture than the original's from the "
+        "same noise.",
+    ),
+    "specificity": (
+        "Specificity",
+        "Likeness lost by memorized pictures minus likeness lost by pictures of ordinary prompts. "
+        "At 0 or below, nothing was done to the memory that was not done to everything.",
+    ),
+    "seed_similarity": (
+        "Likeness among seeds",
+        "How alike the pictures of one prompt are: 1 where every seed gives the same picture.",
+    ),
+    "similarity_to_original": (
+        "Likeness to the original's picture",
+        "The same prompt and noise in the original model. Ordinary prompts should stay near 1.",
+    ),
+    "false_copies": (
+        "Copies at ordinary prompts",
+        "In the original model this should be none, or the measure cannot tell copies from "
+        "resemblance. In a treated one, memories that lost their prompt may come out here.",
+    ),
+    "kid_to_real": (
+        "Kernel distance to real pictures (KID)",
+        "How far pictures of ordinary prompts are from real ones, as sets; compare with the "
+        "original model.",
+    ),
+    "denoising_loss": (
+        "Denoising loss",
+        "Error of the prediction for real ordinary pictures that nobody was trained on, with the "
+        "same noise for all models.",
+    ),
+    "denoising_loss_rise": (
+        "Rise of the denoising loss",
+        "The price for the rest, in percent of the original's loss.",
+    ),
+    "noise_magnitude": (
+        "Pull of the text",
+        "How far the prompt moves the predicted noise. Memorized prompts pull harder than "
+        "ordinary ones.",
+    ),
+    "detection_auc": (
+        "Detection by that pull (AUC)",
+        "Can memorized prompts be told from ordinary ones? 50 % is guessing.",
+    ),
+    "attack_embedding": (
+        "Under embedding search",
+        "Share of training pictures that come back when an attacker with the weights searches for "
+        "the embedding, as long as the search finds no pictures that nobody was trained on.",
+    ),
+    "attack_embedding_controls": (
+        "Never-trained pictures under the same search",
+        "What the search draws by itself; a memory counts only beyond that.",
+    ),
+    "attack_valid_steps": (
+        "Steps for which the search says something",
+        "Beyond that it draws pictures that nobody was trained on, and proves nothing.",
     ),
     "edit_bytes": ("Size of the edit", "What must be passed on to repeat the erasure."),
     "seconds": ("Time", "Wall-clock time of the method alone, without any evaluation."),

@@ -18,21 +18,15 @@ from mmforget import ConceptSpec, DiffusionGenerator
 from mmforget.attacks.report import AttackReport
 from mmforget.audit.concept_attacks import Recovery
 from mmforget.audit.concept_judge import SOMETHING_ELSE, zero_shot
-from mmforget.audit.concept_pictures import (
-    Readings,
-    facts_in,
-    known_facts,
-    plan,
-    render,
-    spread,
-)
+from mmforget.audit.concept_pictures import Readings, facts_in, known_facts, plan
 from mmforget.audit.concept_verdict import _withstands
-from mmforget.audit.concept_words import IDENTITY, NEGATIVE_PROMPT
+from mmforget.audit.concept_words import NEGATIVE_PROMPT
 from mmforget.audit.concepts import (
     ConceptAuditSettings,
     ConceptScene,
     audit_generator,
 )
+from mmforget.audit.drawing import IDENTITY, render, spread
 from mmforget.audit.results import ModelEntry, Results
 from mmforget.audit.scene import AuditedModel
 from mmforget.errors import ConfigurationError, RequestError

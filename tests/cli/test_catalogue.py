@@ -20,6 +20,7 @@ from mmforget.models.clip import load_clip
 from mmforget.models.diffusion import DiffusionGenerator
 
 REPOSITORY = Path(__file__).parents[2]
+BASES = (".base", ".text_guided", ".memorization", ".pruning", ".memory_fine_tuning")
 EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
 
 
@@ -72,27 +73,37 @@ def test_nothing_public_is_missing() -> None:
         classes = {
             c.__name__
             for c in public
-            if inspect.isclass(c)
-            and issubclass(c, base)
-            and not c.__module__.endswith((".base", ".text_guided"))
+            if inspect.isclass(c) and issubclass(c, base) and not c.__module__.endswith(BASES)
         }
         assert classes == {entry.name for entry in entries}
 
 
 def test_fits() -> None:
     classifier, generator, clip = MODELS
-    concepts = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
-    assert {m.name for m in METHODS if fits(m, generator)} == concepts | {"Identity"}
+    pictures = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
+    assert {m.name for m in METHODS if fits(m, generator)} == pictures | {"Identity"}
     assert {m.name for m in METHODS if fits(m, clip)} == {"Identity"}
-    assert all(fits(m, classifier) == (m.name not in concepts) for m in METHODS)
+    assert all(fits(m, classifier) == (m.name not in pictures) for m in METHODS)
     assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
 
 
 def test_the_short_names_of_erase_are_the_methods_for_concepts() -> None:
     from mmforget.erase import METHODS as SHORT
 
-    targets = {m.target for m in METHODS if "TextConditioned" in m.capabilities}
+    targets = {m.target for m in METHODS if m.summary.startswith("concepts:")}
     assert set(SHORT.values()) == targets
+
+
+def test_the_short_names_of_memorization_are_the_methods_for_memories() -> None:
+    from mmforget.cli.memorization.find import DETECTORS
+    from mmforget.cli.memorization.prune import CONTROLS, LOCATORS
+    from mmforget.cli.memorization.repair import REPAIRS
+
+    memories = {m.target for m in METHODS if m.summary.startswith("memories:")}
+    assert {*LOCATORS.values(), *REPAIRS.values()} == memories
+    masks = {m.target for m in METHODS if m.summary.startswith("control: as many weights")}
+    assert set(CONTROLS.values()) == masks
+    assert set(DETECTORS.values()) <= {entry.target for entry in CATALOGUE["detectors"]}
 
 
 @pytest.mark.parametrize("kind", [*CATALOGUE, "configs"])
