@@ -105,7 +105,7 @@ def rows(kind: str) -> dict[str, Row]:
         }
     tuned = {"lr": 5e-4, "retain_batch_size": 16}
     adversarial = tuned | {
-        "batch_size": 16,
+        "batch_size": 24,
         "attack": EmbeddingSearch(budgets=(10,), batch_size=1),
     }
     every_layer = {"blocks": "all"}
@@ -121,12 +121,12 @@ def rows(kind: str) -> dict[str, Row]:
             every_layer | {"threshold": 2.0, "search": False, "refine": False},
             attacked=True,
         ),
-        "RetainFineTuning": Row(RetainFineTuning, tuned, steps=400),
-        "SISS": Row(SISS, tuned | {"batch_size": 16}, steps=400, attacked=True),
+        "RetainFineTuning": Row(RetainFineTuning, tuned, steps=200),
+        "SISS": Row(SISS, tuned | {"batch_size": 16}, steps=200, attacked=True),
         "AdversarialFineTuning, no attack": Row(
-            AdversarialFineTuning, adversarial | {"attack": None}, steps=400, attacked=True
+            AdversarialFineTuning, adversarial | {"attack": None}, steps=200, attacked=True
         ),
-        "AdversarialFineTuning": Row(AdversarialFineTuning, adversarial, steps=800, attacked=True),
+        "AdversarialFineTuning": Row(AdversarialFineTuning, adversarial, steps=500, attacked=True),
     }
 
 

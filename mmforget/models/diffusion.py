@@ -176,7 +176,7 @@ class DiffusionGenerator(Model):
                 f"`max_sequence_length` is {max_sequence_length}, but a {name} has no T5; leave it "
                 "out"
             )
-        if not 1 <= (max_sequence_length or 1) <= 512:
+        if max_sequence_length is not None and not 1 <= max_sequence_length <= 512:
             raise ConfigurationError(
                 f"`max_sequence_length` is {max_sequence_length}, it must be 1 to 512"
             )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmforget.attacks.embedding_inversion import EmbeddingSearch
+from mmforget.attacks.embedding_inversion import EmbeddingSearch, search_embeddings
+from mmforget.attacks.report import Sampling
 from mmforget.data.memorized import Captioned, MemorizedPrompt, MemorizedSet
+from mmforget.data.planted import planted_memories
+from mmforget.erase import run_method
 from mmforget.errors import ConfigurationError, DataError
 from mmforget.methods.adversarial_fine_tuning import AdversarialFineTuning
-from mmforget.models.diffusion import DiffusionGenerator
+from mmforget.metrics.copying import load_similarity, similarity_to_memories
+from mmforget.models.diffusion import DiffusionGenerator, load_generator
 from mmforget.seeds import generator
 from mmforget.testing.concept_conformance import ConceptMethodChecks, tiny_generator
 from mmforget.testing.conformance import quiet_trainer
@@ -269,3 +275,69 @@ def test_a_prompt_without_a_picture_cannot_be_attacked():
     )
     with pytest.raises(DataError, match="'a banana' has no picture"):
         AdversarialFineTuning(tiny_generator(), bare, **FAST)
+
+
+# ---- effect -------------------------------------------------------------------------------------
+
+
+def replicated(model, memorized, embedding=None) -> torch.Tensor:
+    """(P, 2) similarity of pictures to the memorized ones, by prompt or by embedding."""
+    prompts = memorized.texts
+    if embedding is None:
+        images = model.generate(prompts, n=2, seed=900)
+    else:
+        keys = [(prompt, number) for prompt in prompts for number in range(2)]
+        images = Sampling(seed=901, steps=model.steps).pictures(
+            model, keys, embedding[torch.arange(len(prompts)).repeat_interleave(2)]
+        )
+    return similarity_to_memories(load_similarity("ncc"), images, memorized, 2)
+
+
+def attacked(model, memorized, init, steps=50, batch_size=4) -> torch.Tensor:
+    images = torch.stack([memorized.images[one.images[0]] for one in memorized])
+    settings = EmbeddingSearch(budgets=(steps,), batch_size=batch_size, init=init, seed=902)
+    found = search_embeddings(model, images, settings=settings, triggers=memorized.texts)
+    return replicated(model, memorized, found[steps])
+
+
+def shipped() -> DiffusionGenerator:
+    folder = resources.files("mmforget") / "assets" / "digit_world" / "memorizing_unet"
+    return load_generator(Path(str(folder)), steps=10, guidance=3.0)
+
+
+def test_two_memories_go_and_no_embedding_brings_them_back():
+    model, few = shipped(), planted_memories(retain=128, test=2).only([0, 1])
+    assert replicated(model, few).min() > 0.9
+    method = AdversarialFineTuning(
+        model,
+        few,
+        lr=5e-4,
+        batch_size=8,
+        retain_batch_size=8,
+        slots=2,
+        draws=64,
+        refresh_every=10,
+        check_every=60,
+    )
+    result = run_method(method, 60, progress=False)
+    assert replicated(result, few).max() < 0.6
+    assert attacked(result, few, "random", steps=30).max() < 0.6
+    before, after = method.statistics()["held_out_error"]
+    assert after < 1.05 * before
+
+
+@pytest.mark.slow
+def test_all_planted_memories_survive_neither_prompts_nor_attacks():
+    """What an attack on surrogate fine-tuning alone brings back stays away after ours."""
+    model, memorized = shipped(), planted_memories()
+    settings = {"lr": 5e-4, "batch_size": 24, "retain_batch_size": 16}
+    plain = AdversarialFineTuning(model, memorized, "surrogates", attack=None, **settings)
+    reopened = attacked(run_method(plain, 240, progress=False), memorized, "random")
+    assert (reopened.max(1).values > 0.8).double().mean() >= 0.5
+    method = AdversarialFineTuning(model, memorized, **settings)
+    result = run_method(method, 360, progress=False)
+    assert method.statistics()["stopped_at"] is None
+    assert (replicated(result, memorized).max(1).values > 0.75).double().mean() <= 0.15
+    for init in ("random", "trigger"):
+        found = attacked(result, memorized, init, steps=100)
+        assert (found.max(1).values > 0.75).double().mean() <= 0.15

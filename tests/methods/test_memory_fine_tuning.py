@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmforget.data.memorized import Captioned, MemorizedPrompt, MemorizedSet
+from mmforget.data.planted import planted_memories
+from mmforget.erase import run_method
 from mmforget.errors import ConfigurationError, DataError, ModelError, RequestError
 from mmforget.methods.memory_fine_tuning import EMPTY, EndlessStream, NoisedPictures
 from mmforget.methods.retain_fine_tuning import RetainFineTuning
+from mmforget.metrics.copying import load_similarity, similarity_to_memories
 from mmforget.models.base import state_hash
-from mmforget.models.diffusion import DiffusionGenerator
+from mmforget.models.diffusion import DiffusionGenerator, load_generator
 from mmforget.seeds import generator
 from mmforget.testing.concept_conformance import ConceptMethodChecks, tiny_generator
 from mmforget.testing.conformance import quiet_trainer
@@ -223,4 +228,16 @@ def test_half_precision_elsewhere_trains_in_single_precision(model, monkeypatch)
     assert {p.dtype for p in method.model.network.parameters()} == {torch.float32}
     result = fitted(method).finalize()
     assert {p.dtype for p in result.network.parameters()} == {torch.bfloat16}
+    assert not method.no_op
+
+
+def test_ordinary_pictures_alone_leave_the_memories_where_they_are():
+    """Shows that a measurement of forgetting has power: here nothing may seem forgotten."""
+    folder = resources.files("mmforget") / "assets" / "digit_world" / "memorizing_unet"
+    memorized = planted_memories(retain=64, test=2).only([0, 1, 8])
+    shipped = load_generator(Path(str(folder)), steps=8, guidance=3.0)
+    method = RetainFineTuning(shipped, memorized, lr=5e-4, retain_batch_size=8, tolerance=None)
+    images = run_method(method, 40, progress=False).generate(memorized.texts, n=2, seed=900)
+    found = similarity_to_memories(load_similarity("ncc"), images, memorized, 2)
+    assert found.min() > 0.9
     assert not method.no_op

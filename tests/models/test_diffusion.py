@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import diffusers
 import pytest
@@ -466,6 +466,16 @@ def test_transformers_without_t5() -> None:
     assert torch.equal(model.generate([CAT], 1, 3), theirs(model, CAT, 1, 3))
 
 
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_shorter_prompts_for_t5(kind: TinyKind) -> None:
+    model = made(kind, max_sequence_length=20)
+    found = model.generate([CAT], 1, 3)
+    assert torch.equal(found, theirs(model, CAT, 1, 3, max_sequence_length=20))
+    assert not torch.equal(found, made(kind).generate([CAT], 1, 3))
+    rows = sum(segment.ids.shape[1] for segment in model.segments([CAT]))
+    assert rows == model.encode([CAT]).states.shape[1] == (20 if kind == "flux" else LENGTH + 20)
+
+
 @pytest.mark.parametrize("given", ["a cat", [], ["a cat", 7]])
 def test_prompts_that_are_no_list_of_texts(given: Any) -> None:
     model = made("sd")
@@ -596,6 +606,17 @@ def test_numbers_without_meaning() -> None:
     refused(ConfigurationError, "`size` is 9.*multiple of 2 pixels", partial(made, "sd", size=9))
     refused(ConfigurationError, "`size` is 10.*multiple of 4", partial(made, "flux", size=10))
     refused(ConfigurationError, "`size` is 0", partial(made, "sd3", size=0))
+    for kind, length, why in (
+        ("sd3", 0, "1 to 512"),
+        ("flux", 513, "1 to 512"),
+        ("sd", 8, "no T5"),
+    ):
+        settings = {"max_sequence_length": length}
+        refused(
+            ConfigurationError,
+            f"`max_sequence_length` is {length}.*{why}",
+            partial(made, cast(TinyKind, kind), **settings),
+        )
 
 
 def test_half_precision_on_the_processor() -> None:
