@@ -42,6 +42,13 @@ TITLES = {
 SETTINGS = {"transformer": {"max_sequence_length": 8}}
 """Without T5, 8 rows of zeros take its place, as in the training of the transformer."""
 
+STARTS = {"unet": "random", "transformer": "trigger", "located": "random"}
+"""Where attacks start. From random starts, never-trained pictures come out of the transformer at 25
+steps already, so that nothing can be concluded there; from the triggers they stay in."""
+
+RATES = {"unet": 5e-4, "transformer": 2e-4}
+"""Learning rates of the fine-tuning methods."""
+
 STEPS, GUIDANCE = 20, 3.0
 PICTURES, ATTACK_BATCH = 3, 4
 BUDGETS = (10, 25, 50, 100)
@@ -103,7 +110,7 @@ def rows(kind: str) -> dict[str, Row]:
             "random mask 25 %": Row(RandomPruning, role="control"),
             "magnitude mask 25 %": Row(MagnitudePruning, role="control"),
         }
-    tuned = {"lr": 5e-4, "retain_batch_size": 16}
+    tuned = {"lr": RATES[kind], "retain_batch_size": 16}
     adversarial = tuned | {
         "batch_size": 24,
         "attack": EmbeddingSearch(budgets=(10,), batch_size=1),
@@ -115,7 +122,7 @@ def rows(kind: str) -> dict[str, Row]:
         "random mask 20 %": Row(RandomPruning, role="control"),
         "magnitude mask 20 %": Row(MagnitudePruning, role="control"),
         "NeuronRatioPruning 20 %": Row(NeuronRatioPruning, {"ratio": 0.2}),
-        "NeMo": Row(NeMo, every_layer | {"max_calls": 400}),
+        "NeMo": Row(NeMo, every_layer | {"refine": False}),
         "NeMo, all with z > 2": Row(
             NeMo,
             every_layer | {"threshold": 2.0, "search": False, "refine": False},
@@ -162,7 +169,9 @@ def unit(kind: str, seed: int, work: Path) -> None:
             attack = which == "attacked"
             chosen = [one for one in audited if one[1].attacked or not attack]
             rest = None if attack else held_out  # the attack needs no half of its own
-            results = measured(attack, model, reference, chosen, located, rest, similarity, seed)
+            results = measured(
+                attack, STARTS[kind], model, reference, chosen, located, rest, similarity, seed
+            )
             write(file, json.loads(results.to_json()))
         found[which] = json.loads(file.read_text())
     write(work / f"{kind}-{seed}.json", found)
@@ -251,6 +260,7 @@ def changed(
 
 def measured(
     attack: bool,
+    start: str,
     model: Any,
     reference: Any,
     audited: list[Any],
@@ -272,7 +282,8 @@ def measured(
         examples=0,
         controls=(),
         attack=attack,
-        attack_inits=("random", "trigger"),
+        attack_inits=(start,),
+        attack_ordinary=0,
         attack_budgets=BUDGETS,
         attack_batch_size=ATTACK_BATCH,
         tuning=TUNING,
@@ -392,9 +403,8 @@ def attack_table(results: list[dict[str, Any]]) -> list[str]:
                         if (row["model"], row["group"], row["kind"], row["budget"])
                         == (name, group, kind, budget)
                     ]
-                    if found:  # of several starts the best one counts
-                        best = max(found, key=lambda row: row["rate"])
-                        hits, n = hits + round(best["rate"] * best["n"]), n + best["n"]
+                    hits += sum(round(row["rate"] * row["n"]) for row in found)
+                    n += sum(row["n"] for row in found)
                 cells.append(share(hits, n))
             if set(cells) == {"–"}:
                 continue

@@ -67,6 +67,8 @@ class MemorizationAuditSettings:
         attack_budgets: steps after which it is looked at.
         attack_pictures: drawn from each embedding.
         attack_batch_size: draws of noise per picture and step.
+        attack_ordinary: ordinary pictures that are attacked as well, for information; the controls
+            are the pictures that nobody was trained on.
         max_control_rate: share of never-trained pictures that an attack may bring out and still
             mean something.
         min_attack_steps: an attack that means something only below so many steps proves nothing.
@@ -99,6 +101,7 @@ class MemorizationAuditSettings:
     attack_budgets: tuple[int, ...] = (0, 10, 25, 50, 100)
     attack_pictures: int = 2
     attack_batch_size: int = 8
+    attack_ordinary: int = 4
     max_control_rate: float = 0.1
     min_attack_steps: int = 50
     examples: int = 4
@@ -109,7 +112,8 @@ class MemorizationAuditSettings:
         for name, least in (("pictures", 1), ("ordinary", 2), ("steps", 1), ("batch_size", 1),
                             ("background", 1), ("loss_pictures", 1), ("detection", 0),
                             ("detection_prompts", 1), ("attack_pictures", 1),
-                            ("attack_batch_size", 1), ("min_attack_steps", 1), ("examples", 0),
+                            ("attack_batch_size", 1), ("attack_ordinary", 0),
+                            ("min_attack_steps", 1), ("examples", 0),
                             ("example_pictures", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:

@@ -173,6 +173,7 @@ def _run(scene: MemorizationScene, model: DiffusionGenerator, init: str) -> dict
         scene.memorized,
         scene.similarity,
         held_out=scene.held_out,
+        ordinary=settings.attack_ordinary,
         background=scene.background,
         inits=(init,),  # type: ignore[arg-type]
         budgets=settings.attack_budgets,
