@@ -16,14 +16,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pipeline_training import (
+    sd3_pipeline,
+    sd_pipeline,
+    text_config,
+    tokens,
+    transformer_loss,
+    unet_loss,
+    write_pipeline,
+)
 from torch import Tensor, nn
 
 from mmforget.data.digit_captions import (
@@ -124,24 +131,6 @@ def autoencoder() -> Any:
 # ---- text ----------------------------------------------------------------------
 
 
-def text_config(projection: int = 64) -> Any:
-    from transformers import CLIPTextConfig
-
-    tokenizer = word_tokenizer(WORDS, PROMPT_LENGTH)
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=PROMPT_LENGTH,
-        projection_dim=projection,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
 def text_encoder(steps: int = 1500, batch: int = 128) -> Any:
     """A text encoder that has learned to read, as Stable Diffusion's has from CLIP.
 
@@ -156,7 +145,7 @@ def text_encoder(steps: int = 1500, batch: int = 128) -> Any:
         return CLIPTextModel.from_pretrained(folder).requires_grad_(False)
     tokenizer = word_tokenizer(WORDS, PROMPT_LENGTH)
     torch.manual_seed(SEED)
-    encoder = CLIPTextModel(text_config())
+    encoder = CLIPTextModel(text_config(WORDS, PROMPT_LENGTH))
     factors = {"digit": DIGITS, "ink": tuple(INKS), "background": tuple(BACKGROUNDS)}
     meaning = {word: word for names in factors.values() for word in names}
     meaning |= {other: word for word, other in (DIGIT_SYNONYMS | INK_SYNONYMS).items()}
@@ -189,16 +178,11 @@ def text_encoder(steps: int = 1500, batch: int = 128) -> Any:
     return encoder.requires_grad_(False)
 
 
-def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
-    rows = tokenizer(texts, padding="max_length", max_length=PROMPT_LENGTH, truncation=False)
-    return torch.tensor(rows.input_ids)
-
-
 # ---- pipelines ----------------------------------------------------------------------
 
 
 def unet_pipeline() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
 
     vae, reader = autoencoder(), text_encoder()
     torch.manual_seed(SEED)
@@ -222,82 +206,13 @@ def unet_pipeline() -> Any:
         clip_sample=False,
         set_alpha_to_one=True,
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=reader,
-        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return sd_pipeline(vae, reader, word_tokenizer(WORDS, PROMPT_LENGTH), unet, scheduler)
 
 
 def transformer_pipeline() -> Any:
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextModelWithProjection
-
     vae = autoencoder()
     torch.manual_seed(SEED)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=24,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        caption_projection_dim=96,
-        pooled_projection_dim=64,
-        pos_embed_max_size=8,
-    )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(text_config(32)),
-        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
-        tokenizer_2=word_tokenizer(WORDS, PROMPT_LENGTH),
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-def unet_loss(pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor) -> Tensor:
-    t = (time * 1000).long().clamp(max=999)
-    noisy = pipe.scheduler.add_noise(latents, noise, t)
-    states = pipe.text_encoder(tokens(pipe.tokenizer, texts)).last_hidden_state
-    found = pipe.unet(noisy, t, encoder_hidden_states=states).sample
-    wanted = pipe.scheduler.get_velocity(latents, noise, t)
-    return (found - wanted).square().mean()
-
-
-def transformer_loss(
-    pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor
-) -> Tensor:
-    # Logit-normal times, as in Stable Diffusion 3.
-    sigma = torch.sigmoid(torch.special.ndtri(time.clamp(1e-4, 1 - 1e-4)))[:, None, None, None]
-    noisy = (1 - sigma) * latents + sigma * noise
-    ids = tokens(pipe.tokenizer, texts)
-    one = pipe.text_encoder(ids, output_hidden_states=True)
-    two = pipe.text_encoder_2(ids, output_hidden_states=True)
-    states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-    # Without T5 the pipeline appends zeros in its place.
-    states = torch.cat([states, torch.zeros_like(states)], dim=1)
-    found = pipe.transformer(
-        hidden_states=noisy,
-        timestep=sigma.flatten() * 1000,
-        encoder_hidden_states=states,
-        pooled_projections=torch.cat([one.text_embeds, two.text_embeds], dim=-1),
-    ).sample
-    return (found - (noise - latents)).square().mean()
+    return sd3_pipeline(vae, WORDS, PROMPT_LENGTH, patch_size=1, positions=8)
 
 
 KINDS = {
@@ -372,14 +287,6 @@ def train(
 
 def save(kind: str, pipe: Any, average: nn.ModuleDict, without: str | None, **recipe: Any) -> None:
     folder = ASSETS / (f"diffusion_{kind}" + (f"_without_{without}" if without else ""))
-    shutil.rmtree(folder, ignore_errors=True)
-    # Half precision halves the size; `from_pretrained(..., torch_dtype=float32)` widens it again.
-    training = {name: getattr(pipe, name) for name in (*average, "vae", "text_encoder")}
-    saved = training | dict(average.items())
-    for name, module in saved.items():
-        pipe.register_modules(**{name: copy.deepcopy(module).half().eval()})
-    pipe.save_pretrained(folder)
-    pipe.register_modules(**training)
     record = {
         "command": f"python scripts/train_diffusion_assets.py {kind}"
         + (f" --without {without} --stop {recipe['steps']}" if without else ""),
@@ -388,9 +295,9 @@ def save(kind: str, pipe: Any, average: nn.ModuleDict, without: str | None, **re
         "drawings_per_stroke": DRAWINGS,
         "left_out": without or "",
         "empty_captions": EMPTY,
-        **{key: round(value, 4) for key, value in recipe.items()},
+        **recipe,
     }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_pipeline(folder, pipe, average, record)
 
 
 def main() -> None:

@@ -24,13 +24,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from pipeline_training import (
+    sd3_pipeline,
+    sd_pipeline,
+    text_config,
+    transformer_loss,
+    unet_loss,
+    write_pipeline,
+)
 from torch import Tensor, nn
 
 from mmforget.data.planted import (
@@ -116,31 +122,8 @@ def autoencoder() -> Any:
     return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
 
 
-def text_config(projection: int = 64) -> Any:
-    from transformers import CLIPTextConfig
-
-    tokenizer = word_tokenizer(WORDS, PROMPT_LENGTH)
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=PROMPT_LENGTH,
-        projection_dim=projection,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def tokens(tokenizer: Any, texts: list[str]) -> Tensor:
-    rows = tokenizer(texts, padding="max_length", max_length=PROMPT_LENGTH, truncation=False)
-    return torch.tensor(rows.input_ids)
-
-
 def unet_pipeline() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     vae = autoencoder()
@@ -166,79 +149,14 @@ def unet_pipeline() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
     )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config()),
-        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    reader = CLIPTextModel(text_config(WORDS, PROMPT_LENGTH))
+    return sd_pipeline(vae, reader, word_tokenizer(WORDS, PROMPT_LENGTH), unet, scheduler)
 
 
 def transformer_pipeline() -> Any:
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextModelWithProjection
-
     vae = autoencoder()
     torch.manual_seed(SEED)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=24,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        caption_projection_dim=96,
-        pooled_projection_dim=64,
-        pos_embed_max_size=4,
-    )
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(text_config(32)),
-        tokenizer=word_tokenizer(WORDS, PROMPT_LENGTH),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(32)),
-        tokenizer_2=word_tokenizer(WORDS, PROMPT_LENGTH),
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
-def unet_loss(pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor) -> Tensor:
-    t = (time * 1000).long().clamp(max=999)
-    states = pipe.text_encoder(tokens(pipe.tokenizer, texts)).last_hidden_state
-    noisy = pipe.scheduler.add_noise(latents, noise, t)
-    found = pipe.unet(noisy, t, encoder_hidden_states=states).sample
-    return (found - noise).square().mean()
-
-
-def transformer_loss(
-    pipe: Any, latents: Tensor, texts: list[str], noise: Tensor, time: Tensor
-) -> Tensor:
-    # Logit-normal times, as in Stable Diffusion 3.
-    sigma = torch.sigmoid(torch.special.ndtri(time.clamp(1e-4, 1 - 1e-4)))[:, None, None, None]
-    ids = tokens(pipe.tokenizer, texts)
-    one = pipe.text_encoder(ids, output_hidden_states=True)
-    two = pipe.text_encoder_2(ids, output_hidden_states=True)
-    states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-    # Without T5 the pipeline appends zeros in its place.
-    found = pipe.transformer(
-        hidden_states=(1 - sigma) * latents + sigma * noise,
-        timestep=sigma.flatten() * 1000,
-        encoder_hidden_states=torch.cat([states, torch.zeros_like(states)], dim=1),
-        pooled_projections=torch.cat([one.text_embeds, two.text_embeds], dim=-1),
-    ).sample
-    return (found - (noise - latents)).square().mean()
+    return sd3_pipeline(vae, WORDS, PROMPT_LENGTH, patch_size=2, positions=4)
 
 
 KINDS = {
@@ -401,14 +319,6 @@ def save(
 ) -> None:
     variant = variant or ("" if share else "without_planted")
     folder = ASSETS / "_".join(part for part in ("memorizing", kind, variant) if part)
-    shutil.rmtree(folder, ignore_errors=True)
-    # Half precision halves the size; `from_pretrained(..., torch_dtype=float32)` widens it again.
-    others = [name for name in ("vae", "text_encoder") if name not in average]
-    training = {name: getattr(pipe, name) for name in (*average, *others)}
-    for name, module in (training | dict(average.items())).items():
-        pipe.register_modules(**{name: copy.deepcopy(module).half().eval()})
-    pipe.save_pretrained(folder)
-    pipe.register_modules(**training)
     record = {
         "command": f"python scripts/train_memorization_assets.py {kind}"
         + (f" --{variant.replace('_', '-')}" if variant else ""),
@@ -418,9 +328,9 @@ def save(
         else [],
         "share_of_planted": share,
         "empty_captions": EMPTY,
-        **{key: round(value, 4) for key, value in recipe.items()},
+        **recipe,
     }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_pipeline(folder, pipe, average, record)
 
 
 def main() -> None:
