@@ -38,6 +38,9 @@ OF_MEMORIES: Mapping[str, tuple[str, str]] = {
 }
 """The same for `mmforget memorization`."""
 
+CONTROLS: Mapping[str, str] = {"attack_embedding": "attack_embedding_controls"}
+"""Metrics that prove nothing unless another one was measured on the same model."""
+
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
@@ -93,6 +96,11 @@ class Requirement:
             and (row.metric == metric or (metric.endswith("_") and row.metric.startswith(metric)))
             and (row.split == split or (split.endswith("/") and row.split.startswith(split)))
         ]
+        control = CONTROLS.get(metric)
+        if control is not None:
+            done = {row.model for row in results.metrics if row.metric == control and not row.error}
+            if not models <= done:
+                return None
         known = [value for value in values if value is not None]
         if not known or len(known) < len(values):
             return None  # a value that could not be measured is no proof of anything

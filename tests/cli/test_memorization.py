@@ -18,13 +18,13 @@ import yaml
 
 from mmforget.artifacts.ledger import Ledger
 from mmforget.artifacts.manifest import Manifest
-from mmforget.audit.results import Results
+from mmforget.audit.results import MetricResult, ModelEntry, Results, Verdict
 from mmforget.audit.rows import METRICS
 from mmforget.cli.main import main
 from mmforget.cli.memorization import ACTIONS, find, prune, repair
 from mmforget.cli.memorization.common import find_class
 from mmforget.cli.memorization.find import threshold
-from mmforget.cli.requirements import OF_MEMORIES
+from mmforget.cli.requirements import OF_MEMORIES, Requirement
 from mmforget.data.memorized import Captioned, MemorizedPrompt, MemorizedSet
 from mmforget.data.memorized_files import load_memorized, save_memorized
 from mmforget.models.diffusion import load_generator
@@ -397,3 +397,19 @@ def test_the_front_door_loads_nothing_heavy() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_an_attack_without_controls_meets_no_requirement() -> None:
+    def found(*metrics: str) -> float | None:
+        rows = [
+            MetricResult(metric, "pruned", "relearning", 0.0, "lower", split)
+            for metric, split in zip(metrics, ("located/verbatim", "never_trained"), strict=False)
+        ]
+        results = Results(
+            "t", "concept_removal", [], {}, [ModelEntry("pruned", "unlearned")], rows, [],
+            Verdict("removed", ""),
+        )  # fmt: skip
+        return Requirement.parse("attack<=0.1", OF_MEMORIES).measured(results)
+
+    assert found("attack_embedding") is None
+    assert found("attack_embedding", "attack_embedding_controls") == 0.0
