@@ -46,12 +46,20 @@ STARTS = {"unet": "random", "transformer": "trigger", "located": "random"}
 """Where attacks start. From random starts, never-trained pictures come out of the transformer at 25
 steps already, so that nothing can be concluded there; from the triggers they stay in."""
 
-RATES = {"unet": 5e-4, "transformer": 2e-4}
-"""Learning rates of the fine-tuning methods."""
+TUNED: dict[str, dict[str, Any]] = {
+    "unet": {"lr": 5e-4, "retain_batch_size": 16},
+    "transformer": {"lr": 2e-4, "retain_batch_size": 16, "tolerance": None},
+}
+"""Settings of the fine-tuning methods. The transformer's held-out error first rises by more than the
+5 % at which they would stop, and falls again."""
 
 STEPS, GUIDANCE = 20, 3.0
 PICTURES, ATTACK_BATCH = 3, 4
 BUDGETS = (10, 25, 50, 100)
+LONG = 200
+"""Steps of one longer attack, on what the others did not open, and on the retrained reference."""
+
+LONGER = "AdversarialFineTuning"
 
 TUNING = """
 Ratios and thresholds of the pruning methods are the published ones, and next to them larger ones
@@ -110,7 +118,7 @@ def rows(kind: str) -> dict[str, Row]:
             "random mask 25 %": Row(RandomPruning, role="control"),
             "magnitude mask 25 %": Row(MagnitudePruning, role="control"),
         }
-    tuned = {"lr": RATES[kind], "retain_batch_size": 16}
+    tuned = TUNED[kind]
     adversarial = tuned | {
         "batch_size": 24,
         "attack": EmbeddingSearch(budgets=(10,), batch_size=1),
@@ -174,6 +182,16 @@ def unit(kind: str, seed: int, work: Path) -> None:
             )
             write(file, json.loads(results.to_json()))
         found[which] = json.loads(file.read_text())
+    edited = {name: edited for name, _, _, edited in audited}
+    if LONGER in edited:
+        long = {LONGER: edited[LONGER], "retrained": reference}
+        found["longer"] = kept(
+            part / "longer.json",
+            lambda: {
+                name: longer(one, STARTS[kind], located, similarity, seed)
+                for name, one in long.items()
+            },
+        )
     write(work / f"{kind}-{seed}.json", found)
 
 
@@ -306,6 +324,25 @@ def measured(
     )
 
 
+def longer(
+    model: Any, start: Any, located: Any, similarity: Any, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of an attack of many steps."""
+    from mmforget.attacks.embedding_inversion import EmbeddingSearch, embedding_attack
+
+    report = embedding_attack(
+        model,
+        located,
+        similarity,
+        inits=(start,),
+        budgets=(LONG,),
+        settings=EmbeddingSearch(batch_size=ATTACK_BATCH),
+        ordinary=0,
+        seed=seed,
+    )
+    return list(report.curve)
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -414,6 +451,25 @@ def attack_table(results: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def longer_lines(results: list[dict[str, list[dict[str, Any]]]]) -> list[str]:
+    """What comes out after many steps, in a sentence per model."""
+    lines = []
+    for name in results[0]:
+        parts = []
+        for title, group, kind in (
+            ("posters", "memorized", "verbatim"),
+            ("cards", "memorized", "template"),
+            ("never trained", "control", None),
+        ):
+            rows = [
+                r for one in results for r in one[name] if (r["group"], r["kind"]) == (group, kind)
+            ]
+            hits = sum(round(row["rate"] * row["n"]) for row in rows)
+            parts.append(f"{title} {share(hits, sum(row['n'] for row in rows))}")
+        lines.append(f"After {LONG} steps, **{name}**: {', '.join(parts)}.")
+    return ["", *lines]
+
+
 def table(work: Path, units: list[tuple[str, int]]) -> str:
     """The whole page."""
     lines = [
@@ -457,6 +513,8 @@ def table(work: Path, units: list[tuple[str, int]]) -> str:
         lines += asked_table([o["asked"] for o in found], [o["edits"] for o in found])
         lines += ["", "### Attacked", ""]
         lines += attack_table([o["attacked"] for o in found])
+        if all("longer" in one for one in found):
+            lines += longer_lines([one["longer"] for one in found])
         lines.append("")
     lines += ["## How settings were found", "", TUNING, ""]
     return "\n".join(lines)
