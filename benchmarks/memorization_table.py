@@ -50,8 +50,8 @@ TUNED: dict[str, dict[str, Any]] = {
     "unet": {"lr": 5e-4, "retain_batch_size": 16},
     "transformer": {"lr": 2e-4, "retain_batch_size": 16, "tolerance": None},
 }
-"""Settings of the fine-tuning methods. The transformer's held-out error first rises by more than the
-5 % at which they would stop, and falls again."""
+"""Settings of the fine-tuning methods. The transformer's held-out error first rises by more than
+the 5 % at which they would stop, and falls again."""
 
 STEPS, GUIDANCE = 20, 3.0
 PICTURES, ATTACK_BATCH = 3, 4
