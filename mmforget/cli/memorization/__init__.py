@@ -26,7 +26,7 @@ attack was run together with its controls.
 examples:
   mmforget memorization find planted
   mmforget memorization prune planted --method nemo --attack
-  mmforget memorization repair planted --method adversarial --attack
+  mmforget memorization repair planted --set lr=5e-4 --attack
   mmforget memorization attack runs/nemo-forget-6-memorized-prompts
 """
 

@@ -55,7 +55,8 @@ how:
                         called removed
 {CHECK_HELP}{RUN_HELP}{REPORT_HELP}
 examples:
-  mmforget memorization repair planted --attack
+  mmforget memorization repair planted --set lr=5e-4 --set batch_size=24 \\
+      --set retain_batch_size=16 --attack
   mmforget memorization repair runs/nemo-forget-6-memorized-prompts --method perp
   mmforget memorization repair sd15/ --memorized prompts.csv --images pictures --retain laion \\
       --test coco --controls unseen --similarity sscd.safetensors --steps 2000 --attack
