@@ -487,13 +487,6 @@ def table(work: Path, units: list[tuple[str, int]]) -> str:
         "controls.",
         "",
     ]
-    taken = work / "time.json"
-    if taken.exists():
-        note = json.loads(taken.read_text())
-        lines += [
-            f"The last run took {note['seconds'] / 60:.1f} min in {note['jobs']} processes.",
-            "",
-        ]
     for kind in dict.fromkeys(kind for kind, _ in units):
         files = [work / f"{k}-{s}.json" for k, s in units if k == kind]
         found = [json.loads(file.read_text()) for file in files if file.exists()]
@@ -547,7 +540,7 @@ def run(units: list[tuple[str, int]], work: Path, jobs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=list(MODELS), help="one of the two (default: both)")
+    parser.add_argument("--model", choices=list(MODELS), help="one of them (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     parser.add_argument("--work", type=Path, default=Path("runs/memorization_table"))
@@ -557,13 +550,10 @@ def main() -> None:
     if given.unit:
         unit(given.unit[0], int(given.unit[1]), given.work)
         return
-    start = time.perf_counter()
     units = [(k, s) for k in MODELS if given.model in (None, k) for s in given.seeds]
     given.work.mkdir(parents=True, exist_ok=True)
     if not given.render:
         run(units, given.work, given.jobs)
-        note = {"seconds": time.perf_counter() - start, "jobs": given.jobs}
-        write(given.work / "time.json", note)
     text = table(given.work, units)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "memorization_table.md").write_text(text)
