@@ -125,8 +125,8 @@ class AdversarialFineTuning(MemoryFineTuning):
         DataError: pictures are missing, see `MemoryFineTuning`.
 
     Reference:
-        "Finding Dori: Memorization in Text-to-Image Diffusion Models Is Not Local", 2025, its
-        section on mitigation. Low-rank training failed there, so all weights of the denoiser learn.
+        Kowalczuk et al., Finding DoRI, 2025, arXiv 2507.16880, its section on mitigation. Low-rank
+        training failed there, so all weights of the denoiser learn.
     """
 
     reads_pictures: ClassVar[bool] = True

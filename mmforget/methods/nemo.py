@@ -52,7 +52,7 @@ class NeMo(PruningMethod):
     conditional prediction alone; the paper calibrates with guidance and applies without.
 
     Blocking value neurons hides a memory rather than deleting it: an embedding found by
-    optimisation brings it back (Finding Dori, 2025, arXiv 2507.16880). Attack before you trust it.
+    optimisation brings it back (Finding DoRI, 2025, arXiv 2507.16880). Attack before you trust it.
 
     Reads no pictures. Reads the prompts of `memorized.retain`, unless `base` is given.
 
