@@ -65,7 +65,7 @@ TUNING = """
 Ratios and thresholds of the pruning methods are the published ones, and next to them larger ones
 with which something happens on models this small. Settings of the fine-tuning methods were found on
 the UNet with all twelve pictures, seed 0, looking at the attack with other noise than here, and
-taken over for the transformer.
+taken over for the transformer, with a smaller learning rate after a look at another split.
 """.strip()
 
 
