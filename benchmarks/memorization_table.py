@@ -88,7 +88,6 @@ def rows(kind: str) -> dict[str, Row]:
 
     The mask controls imitate the last attacked mask before them.
     """
-    from mmforget.attacks.embedding_inversion import EmbeddingSearch
     from mmforget.methods.adversarial_fine_tuning import AdversarialFineTuning
     from mmforget.methods.nemo import NeMo
     from mmforget.methods.neuron_ratio_pruning import NeuronRatioPruning
@@ -97,6 +96,7 @@ def rows(kind: str) -> dict[str, Row]:
     from mmforget.methods.retain_fine_tuning import RetainFineTuning
     from mmforget.methods.siss import SISS
     from mmforget.methods.subspace_pruning import SubspacePruning
+    from mmforget.models.embedding_search import EmbeddingSearch
     from mmforget.testing.located_memories import located_mask
 
     class KnownUnits(PruningMethod):
@@ -328,7 +328,8 @@ def longer(
     model: Any, start: Any, located: Any, similarity: Any, seed: int
 ) -> list[dict[str, Any]]:
     """Rows of an attack of many steps."""
-    from mmforget.attacks.embedding_inversion import EmbeddingSearch, embedding_attack
+    from mmforget.attacks.embedding_inversion import embedding_attack
+    from mmforget.models.embedding_search import EmbeddingSearch
 
     report = embedding_attack(
         model,

@@ -139,5 +139,9 @@ def write_pipeline(folder: Path, pipe: Any, average: nn.ModuleDict, record: dict
         pipe.register_modules(**{name: copy.deepcopy(module).half().eval()})
     pipe.save_pretrained(folder)
     pipe.register_modules(**training)
+    for file in folder.rglob("*.json"):  # a part that was loaded keeps the folder it came from
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2) + "\n")
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}
     (folder / "training.json").write_text(json.dumps(rounded, indent=1) + "\n")

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmforget.attacks.embedding_inversion import (
-    EmbeddingSearch,
-    embedding_scale,
-    memory_targets,
-    search_embeddings,
-    starting_embeddings,
-)
-from mmforget.attacks.report import Sampling, frozen
+from mmforget.attacks.embedding_inversion import memory_targets
+from mmforget.attacks.report import Sampling
 from mmforget.data.memorized import MemorizedSet
 from mmforget.errors import ConfigurationError, DataError
 from mmforget.methods.activation_statistics import collect, collect_each
 from mmforget.methods.subspace_pruning import candidates, difference_masks
 from mmforget.metrics.copying import CopySimilarity
-from mmforget.models.base import PromptEmbedding
+from mmforget.models.base import PromptEmbedding, frozen
 from mmforget.models.diffusion import DiffusionGenerator
+from mmforget.models.embedding_search import (
+    EmbeddingSearch,
+    embedding_scale,
+    search_embeddings,
+    starting_embeddings,
+)
 from mmforget.models.memory_layers import MemoryKind, MemoryLayer, memory_layers
 from mmforget.models.weight_mask import WeightMask
 from mmforget.seeds import derive, generator

@@ -19,7 +19,7 @@ from torch import Tensor
 from mmforget.concept import ConceptSpec
 from mmforget.errors import ConfigurationError, suggest
 from mmforget.metrics.judge import Judge
-from mmforget.models.base import PromptEmbedding
+from mmforget.models.base import PromptEmbedding, frozen
 from mmforget.models.diffusion import DiffusionGenerator
 
 Budget = Literal["smoke", "standard"]
@@ -162,23 +162,6 @@ def measured(*models: DiffusionGenerator) -> Iterator[Cost]:
             yield cost
         finally:
             cost.seconds = clock() - begin
-
-
-@contextmanager
-def frozen(model: DiffusionGenerator) -> Iterator[None]:
-    """Switch off training and the gradients of all weights for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, need in needed:
-            parameter.requires_grad_(need)
 
 
 # ---- pictures -----------------------------------------------------------------------------------

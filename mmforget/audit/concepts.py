@@ -27,6 +27,7 @@ from mmforget.audit.concept_words import (
 )
 from mmforget.audit.drawing import IDENTITY, add_costs, as_audited, drawer, floats, render
 from mmforget.audit.intervals import wilson
+from mmforget.audit.limits import check_limits
 from mmforget.audit.results import Results
 from mmforget.audit.rows import Measured, Rows
 from mmforget.audit.scene import AuditedModel
@@ -89,24 +90,13 @@ class ConceptAuditSettings:
     tuning: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("pictures", 1), ("preserved_pictures", 1), ("batch_size", 1),
-                            ("examples", 0), ("steps", 1)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigurationError(f"`audit.{name}` is {value}, it must be at least {least}")
-        for name in ("max_target_rate", "max_preserved_drop", "max_worst_drop", "max_empty",
-                     "min_original_rate", "min_judge_accuracy"):  # fmt: skip
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigurationError(f"`audit.{name}` is {value}, it must lie in [0, 1]")
-        for field, known in (("controls", CONTROLS), ("attacks", ATTACKS)):
-            values = tuple(getattr(self, field))
-            object.__setattr__(self, field, values)
-            for value in values:
-                if value not in known:
-                    raise ConfigurationError(
-                        f"`audit.{field}` has '{value}'; {suggest(value, known)}"
-                    )
+        check_limits(
+            self,
+            {"pictures": 1, "preserved_pictures": 1, "batch_size": 1, "examples": 0, "steps": 1},
+            ("max_target_rate", "max_preserved_drop", "max_worst_drop", "max_empty",
+             "min_original_rate", "min_judge_accuracy"),
+            {"controls": CONTROLS, "attacks": ATTACKS},
+        )  # fmt: skip
         if self.budget not in ("smoke", "standard"):
             raise ConfigurationError(
                 f"`audit.budget` is '{self.budget}', {suggest(self.budget, ('smoke', 'standard'))}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmforget.audit.drawing import IDENTITY, add_costs, as_audited, drawer, floats, render, spread
+from mmforget.audit.limits import check_limits
 from mmforget.audit.memorization_attack import INITS, AttackFinding, attack_all
 from mmforget.audit.memorization_pictures import measure
 from mmforget.audit.memorization_verdict import conclude
@@ -28,7 +29,7 @@ from mmforget.audit.results import Results
 from mmforget.audit.rows import METRICS, Rows
 from mmforget.audit.scene import AuditedModel
 from mmforget.data.memorized import MemorizedSet, MemoryKind
-from mmforget.errors import ConfigurationError, DataError, suggest
+from mmforget.errors import ConfigurationError, DataError
 from mmforget.metrics.copying import (
     CopySimilarity,
     memory_thresholds,
@@ -109,28 +110,28 @@ class MemorizationAuditSettings:
     tuning: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("pictures", 1), ("ordinary", 2), ("steps", 1), ("batch_size", 1),
-                            ("background", 1), ("loss_pictures", 1), ("detection", 0),
-                            ("detection_prompts", 1), ("attack_pictures", 1),
-                            ("attack_batch_size", 1), ("attack_ordinary", 0),
-                            ("min_attack_steps", 1), ("examples", 0),
-                            ("example_pictures", 1)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigurationError(f"`audit.{name}` is {value}, it must be at least {least}")
-        for name in ("max_rate", "max_loss_rise", "max_empty", "min_original_rate",
-                     "max_false_rate", "max_control_rate"):  # fmt: skip
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ConfigurationError(f"`audit.{name}` is {value}, it must lie in [0, 1]")
-        for field, known in (("controls", CONTROLS), ("attack_inits", INITS)):
-            values = tuple(getattr(self, field))
-            object.__setattr__(self, field, values)
-            for value in values:
-                if value not in known:
-                    raise ConfigurationError(
-                        f"`audit.{field}` has '{value}'; {suggest(value, known)}"
-                    )
+        check_limits(
+            self,
+            {
+                "pictures": 1,
+                "ordinary": 2,
+                "steps": 1,
+                "batch_size": 1,
+                "background": 1,
+                "loss_pictures": 1,
+                "detection": 0,
+                "detection_prompts": 1,
+                "attack_pictures": 1,
+                "attack_batch_size": 1,
+                "attack_ordinary": 0,
+                "min_attack_steps": 1,
+                "examples": 0,
+                "example_pictures": 1,
+            },
+            ("max_rate", "max_loss_rise", "max_empty", "min_original_rate", "max_false_rate",
+             "max_control_rate"),
+            {"controls": CONTROLS, "attack_inits": INITS},
+        )  # fmt: skip
         budgets = tuple(sorted(set(self.attack_budgets)))
         object.__setattr__(self, "attack_budgets", budgets)
         if self.attack and not self.attack_inits:

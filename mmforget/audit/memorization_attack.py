@@ -164,7 +164,8 @@ def _attacked(
 
 def _run(scene: MemorizationScene, model: DiffusionGenerator, init: str) -> dict[str, Any]:
     """Attack from one start; plain data, with the pictures of a few prompts."""
-    from mmforget.attacks.embedding_inversion import EmbeddingSearch, embedding_attack
+    from mmforget.attacks.embedding_inversion import embedding_attack
+    from mmforget.models.embedding_search import EmbeddingSearch
 
     settings = scene.settings
     shown = _names(scene)

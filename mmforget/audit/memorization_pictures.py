@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmforget.attacks.report import frozen
 from mmforget.audit.drawing import IDENTITY, clip_scores, drawer, empty_pictures
 from mmforget.audit.intervals import Interval, bootstrap_mean, normal, wilson
 from mmforget.audit.rows import Measured, Rows
+from mmforget.models.base import frozen
 from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.seeds import derive, generator
 

@@ -9,14 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from mmforget.attacks.embedding_inversion import (
-    EmbeddingScale,
-    EmbeddingSearch,
-    Init,
-    embedding_scale,
-    search_embeddings,
-    starting_embeddings,
-)
 from mmforget.data.denoising import DenoisingRecords
 from mmforget.data.memorized import MemorizedSet
 from mmforget.errors import ConfigurationError, DivergenceError, suggest
@@ -25,6 +17,14 @@ from mmforget.methods.memory_fine_tuning import AT_ONCE, MemoryFineTuning, Noise
 from mmforget.methods.surrogates import check_surrogates, ordinary_surrogates
 from mmforget.methods.text_guided import at_least_one
 from mmforget.models.base import Model, PromptEmbedding
+from mmforget.models.embedding_search import (
+    EmbeddingScale,
+    EmbeddingSearch,
+    Init,
+    embedding_scale,
+    search_embeddings,
+    starting_embeddings,
+)
 from mmforget.seeds import derive, generator
 
 Towards = Literal["ordinary", "surrogates"]

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmforget.attacks.report import frozen
 from mmforget.errors import ConfigurationError, DivergenceError
-from mmforget.models.base import PromptEmbedding
+from mmforget.models.base import PromptEmbedding, frozen
 from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.seeds import generator
 

@@ -9,12 +9,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mmforget.attacks.report import frozen
 from mmforget.detection.noise_magnitude import Space, check_space, noise_magnitude, unprompted
 from mmforget.detection.trajectory import Trajectories, Watched
 from mmforget.errors import ConfigurationError, DivergenceError, RequestError
 from mmforget.mitigation.base import Key, PromptMitigation
-from mmforget.models.base import PromptEmbedding
+from mmforget.models.base import PromptEmbedding, frozen
 from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.seeds import derive
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
@@ -231,6 +232,23 @@ def check_capabilities(method: str, model: nn.Module, requires: tuple[type, ...]
             f"{method} needs {' and '.join(missing)}, which {type(model).__name__} does not offer; "
             "choose another method (`mmforget list methods`) or implement the protocol"
         )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switch off training and the gradients of all weights for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in needed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, need in needed:
+            parameter.requires_grad_(need)
 
 
 def state_hash(module: nn.Module) -> str:

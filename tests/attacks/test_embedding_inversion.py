@@ -6,20 +6,20 @@ from importlib import resources
 import pytest
 import torch
 
-from mmforget.attacks.embedding_inversion import (
-    EmbeddingSearch,
-    embedding_attack,
-    embedding_scale,
-    row_keys,
-    search_embeddings,
-    starting_embeddings,
-)
+from mmforget.attacks.embedding_inversion import embedding_attack
 from mmforget.data.memorized import Captioned, MemorizedPrompt, MemorizedSet
 from mmforget.data.planted import TEMPLATE_TITLES, TITLES, planted_memories
 from mmforget.errors import ConfigurationError, DataError, ModelError
 from mmforget.metrics.copying import load_similarity, similarity_to_memories
 from mmforget.models.base import PromptEmbedding, state_hash
 from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.embedding_search import (
+    EmbeddingSearch,
+    embedding_scale,
+    row_keys,
+    search_embeddings,
+    starting_embeddings,
+)
 from mmforget.seeds import generator
 from mmforget.testing.tiny_pipelines import tiny_pipeline
 

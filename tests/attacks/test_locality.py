@@ -5,7 +5,6 @@ from itertools import combinations
 import pytest
 import torch
 
-from mmforget.attacks.embedding_inversion import EmbeddingSearch
 from mmforget.attacks.locality import (
     activation_distance,
     embedding_spread,
@@ -18,6 +17,7 @@ from mmforget.errors import ConfigurationError, DataError
 from mmforget.metrics.copying import load_similarity
 from mmforget.models.base import PromptEmbedding, state_hash
 from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.embedding_search import EmbeddingSearch
 from mmforget.models.memory_layers import memory_layers
 from mmforget.models.weight_mask import WeightMask
 from mmforget.seeds import generator

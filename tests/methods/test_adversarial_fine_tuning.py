@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmforget.attacks.embedding_inversion import EmbeddingSearch, search_embeddings
 from mmforget.attacks.report import Sampling
 from mmforget.data.memorized import Captioned, MemorizedPrompt, MemorizedSet
 from mmforget.data.planted import planted_memories
@@ -18,6 +17,7 @@ from mmforget.errors import ConfigurationError, DataError
 from mmforget.methods.adversarial_fine_tuning import AdversarialFineTuning
 from mmforget.metrics.copying import load_similarity, similarity_to_memories
 from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.embedding_search import EmbeddingSearch, search_embeddings
 from mmforget.seeds import generator
 from mmforget.testing.concept_conformance import ConceptMethodChecks, tiny_generator
 from mmforget.testing.conformance import quiet_trainer

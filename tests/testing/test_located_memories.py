@@ -7,7 +7,7 @@ from importlib import resources
 import pytest
 import torch
 
-from mmforget.attacks.embedding_inversion import EmbeddingSearch, embedding_attack
+from mmforget.attacks.embedding_inversion import embedding_attack
 from mmforget.data.memorized import MemorizedSet
 from mmforget.data.planted import planted_memories
 from mmforget.methods.neuron_ratio_pruning import NeuronRatioPruning
@@ -15,6 +15,7 @@ from mmforget.methods.pruning_controls import RandomPruning
 from mmforget.methods.subspace_pruning import SubspacePruning
 from mmforget.metrics.copying import NormalisedCorrelation, similarity_to_memories
 from mmforget.models.diffusion import DiffusionGenerator, load_generator
+from mmforget.models.embedding_search import EmbeddingSearch
 from mmforget.testing.located_memories import located_mask
 
 SIMILARITY = NormalisedCorrelation()
