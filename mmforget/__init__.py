@@ -17,7 +17,9 @@ _EXPORTS = {
     "mmforget.models": (
         "DiffusionGenerator",
         "ImageClassifier",
+        "ImageGAN",
         "load_classifier",
+        "load_gan",
         "load_generator",
     ),
     "mmforget.models.clip": ("ClipModel", "load_clip"),
@@ -49,6 +51,7 @@ _EXPORTS = {
         "SLD",
         "SSD",
         "SalUn",
+        "TextToUnlearn",
         "UCE",
     ),
     "mmforget.sequence": ("SequenceRunner",),

@@ -8,13 +8,13 @@ teacher itself produces them, and a training step needs no teacher at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from mmforget.errors import ConfigurationError
 from mmforget.models.base import PromptEmbedding
@@ -98,65 +98,6 @@ class DenoisingRecords(Dataset[dict[str, Tensor]]):
             prompts,
             sum(part.passes for part in parts),
         )
-
-
-class RecordStream(IterableDataset[dict[str, dict[str, Tensor]]]):
-    """Batches of several sets of records, each of which depends on its step and the seed only.
-
-    Every set is gone through in permutations of its own, one after another without a gap. That the
-    batch of a step is known from its number lets a run be resumed anywhere, also within an epoch.
-    An iteration, which Lightning calls an epoch, ends after the first set has been gone through;
-    the next one goes on.
-
-    Args:
-        records: sets by name; the length of the first counts.
-        sizes: records per step and set, over all processes.
-        seed: of the permutations.
-        first: number of the first step.
-    """
-
-    def __init__(
-        self,
-        records: Mapping[str, DenoisingRecords],
-        sizes: Mapping[str, int],
-        seed: int,
-        first: int = 0,
-    ) -> None:
-        self.records, self.sizes, self.seed, self.next = records, sizes, seed, first
-        self._orders: dict[str, tuple[int, Tensor]] = {}
-
-    def __len__(self) -> int:
-        """Steps of an iteration."""
-        name, first = next(iter(self.records.items()))
-        return -(-len(first) // self.sizes[name])
-
-    def positions(self, name: str, step: int) -> Tensor:
-        """Records of a set that are used in a step, over all processes."""
-        size, total = self.sizes[name], len(self.records[name])
-        found, place = [], step * size
-        while place < (step + 1) * size:
-            number, start = divmod(place, total)
-            if self._orders.get(name, (-1,))[0] != number:
-                draw = generator(self.seed, f"denoising-{name}", number)
-                self._orders[name] = number, torch.randperm(total, generator=draw)
-            part = self._orders[name][1][start : start + (step + 1) * size - place]
-            found.append(part)
-            place += len(part)
-        return torch.cat(found)
-
-    def __iter__(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        """Yield this process's share of the batches; a padded row has weight 0."""
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        for _ in range(len(self)):
-            step, self.next = self.next, self.next + 1
-            batch = {}
-            for name, records in self.records.items():
-                rows = self.positions(name, step)
-                padding = ~rows[:1].repeat(-len(rows) % world)
-                batch[name] = records[torch.cat([rows, padding])[rank::world].tolist()]
-            yield batch
 
 
 def spread(groups: Sequence[Sequence[str]], total: int) -> dict[tuple[int, int], int]:

@@ -10,6 +10,7 @@ _EXPORTS = {
     "mmforget.methods.concept_ablation": ("ConceptAblation",),
     "mmforget.methods.concept_salun": ("ConceptSalUn",),
     "mmforget.methods.esd": ("ESD",),
+    "mmforget.methods.generator_editing": ("GeneratorMethod",),
     "mmforget.methods.gs_lora": ("GSLoRA",),
     "mmforget.methods.gs_lora_plus_plus": ("GSLoRAPlusPlus",),
     "mmforget.methods.head_only": ("HeadOnly",),
@@ -38,6 +39,7 @@ _EXPORTS = {
     "mmforget.methods.subspace_pruning": ("SubspacePruning",),
     "mmforget.methods.surrogates": ("make_surrogates", "ordinary_surrogates"),
     "mmforget.methods.text_guided": ("ConceptMethod", "DenoisingMethod"),
+    "mmforget.methods.text_to_unlearn": ("TextToUnlearn",),
     "mmforget.methods.uce": ("UCE",),
 }
 

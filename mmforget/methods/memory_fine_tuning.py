@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
-from mmforget.data.denoising import DenoisingRecords, RecordStream, made_pictures
+from mmforget.data.denoising import DenoisingRecords, made_pictures
 from mmforget.data.memorized import MemorizedSet
+from mmforget.data.record_stream import RecordStream
 from mmforget.errors import ConfigurationError, DataError
 from mmforget.methods.base import OptimizerName
 from mmforget.methods.denoiser_training import DenoiserTraining

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
-from mmforget.data.denoising import DenoisingRecords, RecordStream, spread
+from mmforget.data.denoising import DenoisingRecords, spread
+from mmforget.data.record_stream import RecordStream
 from mmforget.errors import ConfigurationError
 from mmforget.methods.base import ForgettingMethod, OptimizerName, joined
 from mmforget.methods.denoiser_training import DenoiserTraining

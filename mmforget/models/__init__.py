@@ -6,6 +6,7 @@ from mmforget._lazy import lazy_attributes
 
 _EXPORTS = {
     "mmforget.models.base": (
+        "Latents",
         "Model",
         "PromptEmbedding",
         "Segment",
@@ -15,6 +16,7 @@ _EXPORTS = {
     ),
     "mmforget.models.classifier": ("ImageClassifier", "load_classifier"),
     "mmforget.models.diffusion": ("DiffusionGenerator", "load_generator"),
+    "mmforget.models.gan": ("ImageGAN", "load_gan"),
     "mmforget.models.text_layers": ("Family",),
 }
 

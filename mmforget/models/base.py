@@ -187,6 +187,72 @@ class Generates(Protocol):
         ...
 
 
+LatentSpace = Literal["z", "w", "w+"]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a generator draws from, in one of its spaces.
+
+    Attributes:
+        codes: (n, d) for ``z`` and ``w``, (n, layers, d) for ``w+``.
+        labels: (n,) int64 classes of a conditional generator, else None.
+        space: where the codes live.
+    """
+
+    codes: Tensor
+    labels: Tensor | None = None
+    space: LatentSpace = "z"
+
+    def __len__(self) -> int:
+        """Count the latents."""
+        return len(self.codes)
+
+    def __getitem__(self, rows: Any) -> Latents:
+        """Some of them: a slice or an index tensor."""
+        labels = None if self.labels is None else self.labels[rows]
+        return Latents(self.codes[rows], labels, self.space)
+
+    def moved(self, codes: Tensor) -> Latents:
+        """The same classes and space at other codes."""
+        return Latents(codes, self.labels, self.space)
+
+    @staticmethod
+    def cat(parts: Sequence[Latents]) -> Latents:
+        """Concatenate latents of one space."""
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Latents(
+            torch.cat([part.codes for part in parts]),
+            torch.cat(labels) if labels else None,
+            parts[0].space,
+        )
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """A generator that draws from latent vectors which can be held fixed and moved."""
+
+    network: nn.Module
+
+    def draw(
+        self, n: int, seed: int, first: int = 0, labels: Tensor | None = None, purpose: str = ""
+    ) -> Latents:
+        """Return n latents of the prior; the latent of a number is always the same."""
+        ...
+
+    def mapped(self, latents: Latents, space: LatentSpace | None = None) -> Latents:
+        """Return latents in another space; None takes the one that the network draws from."""
+        ...
+
+    def synthesise(self, latents: Latents) -> Tensor:
+        """Return (n, 3, H, W) pictures in [0, 1], differentiable in weights and codes."""
+        ...
+
+    def layer_groups(self) -> dict[str, list[str]]:
+        """Return the names of the network's parameters by group, in forward order."""
+        ...
+
+
 @runtime_checkable
 class Sites(Protocol):
     """Layers of the network by their function."""

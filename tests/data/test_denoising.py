@@ -7,12 +7,12 @@ import torch
 
 from mmforget.data.denoising import (
     DenoisingRecords,
-    RecordStream,
     made_pictures,
     noised_records,
     spread,
     trajectory_records,
 )
+from mmforget.data.record_stream import RecordStream
 from mmforget.errors import ConfigurationError
 from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.testing.tiny_pipelines import tiny_pipeline

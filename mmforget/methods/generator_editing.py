@@ -1,0 +1,294 @@
+"""The frame of the methods that make the generator of a GAN forget what words name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmforget.concept import ConceptSpec, check_together
+from mmforget.data.access import DataAccess
+from mmforget.data.base import View
+from mmforget.data.latent_pool import LatentRecords
+from mmforget.data.record_stream import RecordStream
+from mmforget.errors import ConfigurationError, RequestError
+from mmforget.methods.base import GradientMethod, detached_copy
+from mmforget.methods.generator_retention import RetainDistance, retain_distance
+from mmforget.methods.layer_selection import trained_groups
+from mmforget.methods.text_guided import NO_DATA, at_least_one
+from mmforget.models.base import Generates, HasLatents, Latents, Model
+from mmforget.models.clip import ClipModel
+from mmforget.models.concept_guide import ConceptGuide
+
+logger = logging.getLogger(__name__)
+
+ClipSource = ClipModel | str | Path
+POOL_BATCH = 128
+MIN_BEARING = 8
+"""Fewer latents that show a concept are too few to train on."""
+
+MOST_BEARING = 0.9
+"""If more of the pictures show what is to be erased, there is nothing to keep."""
+
+
+class GeneratorMethod(GradientMethod):
+    """Base of the methods that fine-tune a generator from text, without any picture.
+
+    Before the training, the original generator draws a pool of latents. The guide sorts them: those
+    that show a concept (*bearing*), those that do not (*clear*), and those in between, which are
+    left out. Steps draw from the first two. Training happens in eval mode: BatchNorm statistics
+    stay those of the original. Needs no data module: ``Trainer(max_steps=300).fit(method)``.
+
+    Subclasses implement `losses`, with `drawn`, `kept` and `retained` at their service, and may
+    add to `prepare`.
+
+    Args:
+        model: the generator, such as `ImageGAN`.
+        concepts: what to erase, one or several at once.
+        guide: the CLIP model that is followed, or several, or their folders or hub ids.
+        alternatives: per target what else a picture could show, or a list for a single concept;
+            see `ConceptGuide`.
+        copy, seed, lr: see `GradientMethod`; the optimizer is Adam with betas 0.5 and 0.99, and the
+            rate falls to a tenth along a cosine over all steps.
+        batch_size: bearing latents per step, over all processes.
+        retain_batch_size: clear latents per step.
+        pool: latents that are sorted.
+        bearing: probability above which a latent shows a concept.
+        clear: probability below which it does not.
+        retain: distance of pictures that must stay: ``pixel`` or ``embedding``.
+        retain_weight: of that distance.
+        train_layers: see `trained_groups`.
+        clip: largest norm of a step's gradient.
+
+    Raises:
+        RequestError: contradictory concepts, or words that the guide cannot tell apart; at the
+            start of the training, a concept that the generator hardly draws, or draws always.
+        ConfigurationError: a setting out of range.
+    """
+
+    requires: ClassVar[tuple[type, ...]] = (Generates, HasLatents)
+    access: ClassVar[DataAccess] = NO_DATA
+    view: ClassVar[View | None] = "paired"
+    needs_guide: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: Model,
+        concepts: ConceptSpec | Sequence[ConceptSpec],
+        guide: ClipSource | Sequence[ClipSource],
+        alternatives: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+        copy: bool | Literal["auto"] = "auto",
+        seed: int = 0,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        retain_batch_size: int = 32,
+        pool: int = 4096,
+        bearing: float = 0.3,
+        clear: float = 0.2,
+        retain: str = "pixel",
+        retain_weight: float = 10.0,
+        train_layers: str = "all",
+        clip: float = 5.0,
+    ) -> None:
+        specs = (concepts,) if isinstance(concepts, ConceptSpec) else tuple(concepts)
+        check_together(specs)
+        at_least_one(batch_size=batch_size, retain_batch_size=retain_batch_size, pool=pool)
+        if not 0 < clear <= bearing < 1:
+            raise ConfigurationError(
+                f"`clear` is {clear} and `bearing` {bearing}; they must satisfy "
+                "0 < clear <= bearing < 1"
+            )
+        for name, value in (("retain_weight", retain_weight), ("clip", clip)):
+            if not value >= 0:
+                raise ConfigurationError(f"`{name}` is {value}, it must be 0 or more")
+        # In a tuple, so that its weights are not registered as a part of the method.
+        self._guide = (ConceptGuide(guide, specs, named_alternatives(alternatives, specs)),)
+        self.retain_name = retain
+        distance = retain_distance(retain, self._guide[0])
+        super().__init__(model, copy=copy, seed=seed, lr=lr, lr_min=lr / 10, optimizer="adam")
+        self.concepts = specs
+        self._distance = (distance,)
+        self.batch_size, self.retain_batch_size = batch_size, retain_batch_size
+        self.pool_size, self.bearing, self.clear = pool, bearing, clear
+        self.retain_weight, self.clip, self.train_layers = retain_weight, clip, train_layers
+        groups = self.model.layer_groups()
+        chosen = trained_groups(self.model, train_layers)
+        self._names = [name for group in chosen for name in groups[group]]
+        self.model.requires_grad_(False)
+        for name in self._names:
+            self.model.network.get_parameter(name).requires_grad_(True)
+        self._original = (model if self.copied else detached_copy(model),)
+        self.records: dict[str, LatentRecords] = {}
+        self.prevalence: dict[str, float] = {}
+
+    # ---- for subclasses -------------------------------------------------------------------------
+
+    @property
+    def guide(self) -> ConceptGuide:
+        """The guide."""
+        return self._guide[0]
+
+    @property
+    def original(self) -> Any:
+        """The frozen generator as it was given."""
+        return self._original[0]
+
+    @property
+    def distance(self) -> RetainDistance:
+        """The distance of what must stay."""
+        return self._distance[0]
+
+    def prepare(self) -> None:
+        """What a subclass does once before training, after the pool has been sorted."""
+
+    def drawn(self, batch: Mapping[str, Tensor]) -> Latents:
+        """The latents of a batch."""
+        return Latents(batch["codes"], batch.get("label"))
+
+    @torch.no_grad()
+    def kept(self, latents: Latents) -> Tensor:
+        """What the original generator draws from latents."""
+        found: Tensor = self.original.synthesise(latents)
+        return found
+
+    def retained(self, images: Tensor, kept: Tensor, weight: Tensor) -> Tensor:
+        """The retain loss: the mean distance of pictures (B, 3, H, W), times its weight."""
+        return self.retain_weight * self.global_mean(self.distance(images, kept), weight)
+
+    # ---- data -----------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Sort the pool; the same on every process and after a resume.
+
+        Lightning calls it before it loads a checkpoint, and before it moves the model.
+        """
+        if self.records:
+            return
+        device = self.trainer.strategy.root_device
+        self.model.to(device).eval()
+        self.original.to(device).eval()
+        self.guide.to(device)
+        self.original.check_drawing()
+        self._sort()
+        self.prepare()
+
+    def pool(self) -> Latents:
+        """The latents that are sorted."""
+        found: Latents = self.original.draw(self.pool_size, self.seed, purpose="-pool")
+        return found
+
+    @torch.no_grad()
+    def _sort(self) -> None:
+        latents = self.pool()
+        parts = [
+            self.guide.probabilities(self.original.synthesise(latents[start : start + POOL_BATCH]))
+            for start in range(0, len(latents), POOL_BATCH)
+        ]
+        found = torch.cat(parts).cpu()
+        self.spend(retain=len(latents))
+        for concept, column in zip(self.concepts, found.T, strict=True):
+            share = float((column > 0.5).double().mean())
+            self.prevalence[concept.target] = share
+            if int((column > self.bearing).sum()) < MIN_BEARING:
+                raise RequestError(
+                    f"the guide sees “{concept.target}” in {100 * share:.2g} % of {len(latents)} "
+                    "pictures: the generator does not draw it, or the guide cannot see it; use a "
+                    "larger `pool`, other words or another guide"
+                )
+            if share > MOST_BEARING:
+                raise RequestError(
+                    f"the guide sees “{concept.target}” in {100 * share:.0f} % of the pictures, so "
+                    "that there is nothing to keep; name something more particular"
+                )
+        is_clear = (found < self.clear).all(dim=1)
+        shows = (found > self.bearing).any(dim=1)
+        if int(is_clear.sum()) < MIN_BEARING:
+            raise RequestError(
+                f"only {int(is_clear.sum())} of {len(latents)} pictures show none of the concepts, "
+                f"which are too few to keep; raise `clear` (now {self.clear:g}) or erase fewer"
+            )
+        self.records = {
+            name: LatentRecords(latents[rows], rows.nonzero()[:, 0], {"probability": found[rows]})
+            for name, rows in (("forget", shows), ("retain", is_clear))
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of bearing and of clear latents."""
+        sizes = {"forget": self.batch_size, "retain": self.retain_batch_size}
+        first = self.trainer.global_step * self.trainer.accumulate_grad_batches
+        return DataLoader(RecordStream(self.records, sizes, self.seed, first), batch_size=None)
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def on_train_epoch_start(self) -> None:
+        """BatchNorm statistics must stay those of the original."""
+        self.model.eval()
+
+    def teardown(self, stage: str) -> None:
+        """Nothing to lift: there is no data module."""
+
+    def configure_optimizers(self) -> Any:
+        """Adam with a cosine over all steps."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, self.lr, betas=(0.5, 0.99))
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, self.lr_min)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the method's norm, unless the trainer has one."""
+        if gradient_clip_val is None:
+            gradient_clip_val, gradient_clip_algorithm = self.clip, "norm"
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # ---- the end --------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, Any]:
+        """The concepts, what the pool showed, and what was trained."""
+        return {
+            "concepts": [concept.to_dict() for concept in self.concepts],
+            "guide": self.guide.describe(),
+            "prevalence": self.prevalence,
+            "pool": {name: len(records) for name, records in self.records.items()},
+            "train_layers": self.train_layers,
+            "trained_parameters": sum(
+                self.model.network.get_parameter(name).numel() for name in self._names
+            ),
+        }
+
+
+def named_alternatives(
+    given: Mapping[str, Sequence[str]] | Sequence[str] | None, concepts: Sequence[ConceptSpec]
+) -> dict[str, Sequence[str]]:
+    """Alternatives by target; a plain list belongs to a single concept.
+
+    Raises:
+        ConfigurationError: a list for several concepts, or a text in place of a list.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        found = dict(given)
+    elif len(concepts) == 1:
+        found = {concepts[0].target: given}
+    else:
+        raise ConfigurationError(
+            f"`alternatives` is a list, but there are {len(concepts)} concepts; give a list for "
+            "each of them, by its target"
+        )
+    for target, others in found.items():
+        if isinstance(others, str):
+            raise ConfigurationError(
+                f"`alternatives` of '{target}' is the text '{others}', it must be a list of texts"
+            )
+    return found
