@@ -1,4 +1,4 @@
-"""Erase concepts from a text-to-image model with one call."""
+"""Erase concepts from a text-to-image model, or the generator of a GAN, with one call."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Erasure:
 def erase(
     pipeline: Any,
     concept: str | ConceptSpec | Sequence[str | ConceptSpec],
-    method: str | type[ConceptMethod] = "uce",
+    method: str | type[ForgettingMethod] | None = None,
     *,
     preserve: Sequence[str] = (),
     synonyms: Sequence[str] = (),
@@ -70,15 +70,19 @@ def erase(
     seed: int = 0,
     copy: bool | Literal["auto"] = "auto",
     progress: bool = True,
+    guide: Any = None,
+    alternatives: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     **settings: Any,
 ) -> Any:
-    """Make a text-to-image pipeline forget concepts.
+    """Make a text-to-image pipeline, or the generator of a GAN, forget concepts.
 
     Args:
-        pipeline: a diffusers pipeline, a `DiffusionGenerator`, a local folder or a hub id.
+        pipeline: a diffusers pipeline, a `DiffusionGenerator`, a local folder or a hub id; or an
+            `ImageGAN`, or what `load_gan` reads: ``gan``, ``gan_conditional``, a folder or a file.
         concept: what to erase: words, a `ConceptSpec`, or a list of either.
         method: ``uce``, ``rece``, ``esd``, ``concept-ablation``, ``salun``, ``auto`` (see
-            `automatic`), a class name, a dotted path or a class.
+            `automatic`), a class name, a dotted path or a class; None takes ``uce``. For GANs one
+            of `mmforget.erase_gan.METHODS`; None takes ``text-to-unlearn``.
         preserve: concepts that must stay.
         synonyms: other words for the concept, if there is one.
         anchor: what the concept becomes (see `ConceptSpec`). Like `preserve`, `kind` and
@@ -86,15 +90,19 @@ def erase(
         kind: kind of the concept.
         templates: sentences in which it is erased.
         sequence: erase the concepts one after another instead of all at once.
-        steps: optimizer steps of a method that trains, 200 by default.
+        steps: optimizer steps of a method that trains, by default 200, and 300 for GANs.
         sampling_steps: steps of the sampler where a method makes pictures, its setting ``steps``.
         seed: base of every random draw.
         copy: True edits a copy, False the pipeline itself, ``auto`` copies up to 1 GiB.
         progress: show a progress bar while training.
+        guide: for GANs, the CLIP model to follow, or a folder or hub id of one.
+        alternatives: for GANs, what else a picture could show: a list for a single concept, or one
+            per target.
         settings: further settings of the method, such as ``weights="self"`` for ESD.
 
     Returns:
-        A diffusers pipeline: a new one if a copy was taken, else the one that was given.
+        A diffusers pipeline, or an `ImageGAN`: a new one if a copy was taken, else the one that was
+        given.
 
     Raises:
         RequestError: contradictory concepts, or words that the text encoder would truncate.
@@ -106,6 +114,25 @@ def erase(
         >>> edited = erase(pipe, "Van Gogh", kind="style", preserve=["Monet"])  # doctest: +SKIP
     """
     concepts = as_concepts(concept, preserve, synonyms, anchor, kind, templates)
+    gan = _as_gan(pipeline)
+    if gan is not None:
+        from mmforget.erase_gan import DEFAULT, run_gan_erasure
+
+        if sequence or sampling_steps is not None:
+            raise ConfigurationError(
+                "`sequence` and `sampling_steps` are for pipelines, but this is the generator of a "
+                "GAN; leave them out"
+            )
+        return run_gan_erasure(
+            gan, concepts, method or DEFAULT, guide, alternatives, settings, steps, seed,
+            copy if gan is pipeline else False, progress,
+        ).model  # fmt: skip
+    if guide is not None or alternatives is not None:
+        raise ConfigurationError(
+            "`guide` and `alternatives` are for generators of GANs, but this is a pipeline; leave "
+            "them out"
+        )
+    method = method or "uce"
     if method == "sld" or getattr(method, "__name__", method) == "SLD":
         raise ConfigurationError(
             "`method` is 'sld', which is guidance and changes no weights, so that no diffusers "
@@ -124,6 +151,21 @@ def erase(
         settings["steps"] = sampling_steps
     done = run_erasure(generator, concepts, method, settings, sequence, steps, seed, copy, progress)
     return done.model.pipeline
+
+
+def _as_gan(source: Any) -> Any:
+    """The generator of a GAN that was given or named; None for anything else."""
+    from mmforget.erase_gan import is_gan
+
+    if isinstance(source, str | Path):
+        if not is_gan(source):
+            return None
+        from mmforget.models.gan import load_gan
+
+        return load_gan(source)
+    from mmforget.models.gan import ImageGAN
+
+    return source if isinstance(source, ImageGAN) else None
 
 
 def as_concepts(
@@ -166,7 +208,7 @@ def as_concepts(
     return specs
 
 
-def find_method(method: str | type[ConceptMethod]) -> type[ConceptMethod]:
+def find_method(method: str | type[ForgettingMethod]) -> type[ConceptMethod]:
     """Resolve a short name, class name, dotted path or class.
 
     Raises:
@@ -245,7 +287,7 @@ def check_settings(method: type[ForgettingMethod], settings: Mapping[str, Any]) 
 def run_erasure(
     generator: DiffusionGenerator,
     concepts: Sequence[ConceptSpec],
-    method: str | type[ConceptMethod] = "uce",
+    method: str | type[ForgettingMethod] = "uce",
     settings: Mapping[str, Any] | None = None,
     sequence: bool = False,
     steps: int | None = None,

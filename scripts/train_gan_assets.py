@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_wo
 STEPS, BATCH, VARIANTS = 5000, 64, 24
 MODELS: dict[str, dict[str, Any]] = {
     "gan": {"seed": 0, "forget": None},
-    "gan_conditional": {"seed": 0, "forget": None},
+    "gan_conditional": {"seed": 0, "forget": None, "steps": 3000},
     "gan_without_seven": {"seed": 0, "forget": ("digit", "seven")},
     "gan_without_red": {"seed": 0, "forget": ("ink", "red")},
 }
@@ -104,11 +104,12 @@ def judged(model: Any) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=MODELS)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--out", type=Path, default=ASSETS)
     given = parser.parse_args(arguments)
     for name in given.names:
-        print(name, json.dumps(train(name, given.steps, given.out / name)["judged"]), flush=True)
+        steps = given.steps or MODELS[name].get("steps", STEPS)
+        print(name, json.dumps(train(name, steps, given.out / name)["judged"]), flush=True)
 
 
 if __name__ == "__main__":

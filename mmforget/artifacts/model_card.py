@@ -32,17 +32,22 @@ def model_card(
         manifest: of the artifact.
         requests: everything that was forgotten, in order.
         results: the audit; without it the card says that nothing was measured.
-        library: that loads the weights: ``timm``, ``torchvision``, ``transformers``, ``diffusers``.
+        library: that loads the weights: ``timm``, ``torchvision``, ``transformers``, ``diffusers``,
+            ``mmforget`` for generators of GANs.
 
     Returns:
         Text of ``README.md``.
     """
     import yaml
 
-    drawn = any(request.concepts for request in requests)
+    tag, kind = "image-classification", "An image classifier"
+    if library == "mmforget":
+        tag, kind = "unconditional-image-generation", "A generator of a GAN"
+    elif any(request.concepts for request in requests):
+        tag, kind = "text-to-image", "A text-to-image model"
     front = {
         "library_name": library,
-        "pipeline_tag": "text-to-image" if drawn else "image-classification",
+        "pipeline_tag": tag,
         "tags": ["machine-unlearning", "mmforget", manifest.method.lower()],
     }
     if results is not None:
@@ -56,8 +61,7 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=True).strip() + "\n---",
         f"# {title}",
-        f"{'A text-to-image model' if drawn else 'An image classifier'} that was made to forget, "
-        f"with {escape(manifest.method)} of mmforget. "
+        f"{kind} that was made to forget, with {escape(manifest.method)} of mmforget. "
         f"Base model: {escape(manifest.base_model)}.",
         "## What was forgotten",
         table(["request", "what", "goal"], asked),

@@ -224,6 +224,97 @@ METRICS: dict[str, Spec] = {
     "attack_latent_inversion": _fraction(
         "relearning", "none", 0.05, "pictures that show it from the noise of one that does"
     ),
+    # pictures of the generator of a GAN
+    "native_rate": _fraction(
+        "forgetting", "lower", 0.01, "share of pictures in which the judge sees what was erased"
+    ),
+    "forgotten_share": Spec(
+        "forgetting", "higher", "fraction", None, 1.0, 0.02,
+        "share of the original's rate that is gone",
+    ),
+    "elicited_rate": _fraction(
+        "forgetting", "lower", 0.02,
+        "share of other latents whose picture shows it after the original's edit towards it",
+    ),
+    "degree_native": Spec(
+        "forgetting", "closer_to_value", "", None, None, 0.05,
+        "degree of unlearning at latents that showed it",
+    ),
+    "degree_edited": Spec(
+        "forgetting", "closer_to_value", "", None, None, 0.05,
+        "degree of unlearning at latents that are edited towards it",
+    ),
+    "kept_rate": _fraction(
+        "utility", "none", 0.02, "share of pictures in which the judge sees something else"
+    ),
+    "kept_worst": Spec(
+        "utility", "higher", "fraction", 0.0, None, 0.05,
+        "rate over that of the original, both without the concept, of the value that suffered most",
+    ),
+    "same_latent_keep": _fraction(
+        "utility", "higher", 0.02,
+        "share of latents without the concept whose picture still shows the same",
+    ),
+    "drift": Spec(
+        "utility", "lower", "", 0.0, 1.0, 0.005,
+        "mean absolute difference of pixels at latents without the concept",
+    ),
+    "mass_shift": _fraction(
+        "utility", "lower", 0.03,
+        "total variation of what is shown, over pictures without the concept",
+    ),
+    "fid_to_original": Spec(
+        "generation", "lower", "", None, None, 0.1,
+        "Fréchet distance of pictures without the concept from those of the original model",
+    ),
+    "precision": _fraction(
+        "generation", "higher", 0.03, "share of pictures that lie among those of the original"
+    ),
+    "recall": _fraction(
+        "generation", "higher", 0.03, "share of the original's pictures that are still reached"
+    ),
+    "density": Spec(
+        "generation", "higher", "", 0.0, None, 0.05,
+        "how densely pictures lie among those of the original",
+    ),
+    "coverage": _fraction(
+        "generation", "higher", 0.03,
+        "share of the original's pictures with one of the model's beside them",
+    ),
+    "spread": Spec(
+        "generation", "none", "", 0.0, None, 0.05,
+        "mean distance of the pictures at latents that showed the concept",
+    ),
+    "destinations": Spec(
+        "generation", "none", "values", 0.0, None, 1.0,
+        "values that latents of the concept show now, each in at least 5 % of the pictures",
+    ),
+    "unclear_pictures": _fraction(
+        "generation", "lower", 0.03, "share of pictures that the judge is unsure of"
+    ),
+    "saturation": _fraction(
+        "generation", "none", 0.05, "share of values that are entirely dark or bright"
+    ),
+    "attack_latent_search": _fraction(
+        "relearning", "closer_to_retrained", 0.05, "latents found by search that show it"
+    ),
+    "attack_mapper": _fraction(
+        "relearning", "closer_to_retrained", 0.05, "edits by a newly trained mapper that show it"
+    ),
+    "attack_mapper_on_shell": _fraction(
+        "relearning", "closer_to_retrained", 0.05,
+        "the same, with edited latents kept where the prior has them",
+    ),
+    "attack_prompt_boundary": _fraction(
+        "relearning", "closer_to_retrained", 0.05, "edits towards neighbours of the text"
+    ),
+    "attack_inversion": _fraction(
+        "relearning", "closer_to_retrained", 0.05, "reconstructions of real pictures that show it"
+    ),
+    "attack_relearning": _fraction(
+        "relearning", "closer_to_retrained", 0.05,
+        "pictures that show it after fine-tuning on a few real ones",
+    ),
     # memorized pictures
     "replication_rate": _fraction(
         "forgetting", "lower", 0.05,

@@ -37,6 +37,7 @@ class Entry:
 
 
 _PICTURES = ("TextConditioned", "Generates", "Sites")
+_GANS = ("Generates", "HasLatents")
 _FEATURES = ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites")
 
 MODELS = (
@@ -50,6 +51,11 @@ MODELS = (
         "text-to-image pipelines of diffusers: Stable Diffusion 1, 2, XL, 3, FLUX",
         capabilities=("HasLoss", "Sites", "TextConditioned", "Generates"),
         samples="captions",
+    ),
+    Entry(
+        "mmforget.models.gan:ImageGAN",
+        "generators of GANs: ours, StyleGAN2 and 3, BigGAN, or any network of yours",
+        capabilities=("Sites", "Generates", "HasLatents"),
     ),
     Entry(
         "mmforget.models.clip:ClipModel",
@@ -237,6 +243,83 @@ METHODS = (
         _PICTURES,
         "none",
     ),
+    Entry(
+        "mmforget.methods.text_to_unlearn:TextToUnlearn",
+        "GANs: push pictures and edits away from a text, keep the others",
+        "arXiv 2504.01218",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.clip_direction:ClipDirection",
+        "GANs: move pictures along the text's direction to its anchor",
+        "SIGGRAPH 2022, arXiv 2108.00946",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.anchor_distillation:AnchorDistillation",
+        "GANs: every picture of the concept learns a near one without it",
+        "",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.latent_negation:LatentNegation",
+        "GANs: take the concept's direction out of the latents",
+        "AAAI 2024, arXiv 2303.05699",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.unit_ablation:UnitAblation",
+        "GANs: zero the units that draw the concept, without training",
+        "ICLR 2019, arXiv 1811.10597",
+        (*_GANS, "Sites"),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.clip_repulsion:ClipRepulsion",
+        "GANs: away from the text and nothing else, a baseline",
+        "",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.adapt_then_unlearn:AdaptThenUnlearn",
+        "GANs: away from weights that were adapted to the concept",
+        "TMLR 2025, arXiv 2309.14054",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.parameter_extrapolation:ParameterExtrapolation",
+        "GANs: step back from weights adapted to the concept",
+        "TMLR 2025, arXiv 2309.14054",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.class_distillation:ClassDistillation",
+        "GANs: a class learns to draw another one",
+        "",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.class_rerouting:ClassRerouting",
+        "GANs: replace the rows of a class; the weights still know it",
+        "",
+        _GANS,
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.identity_unlearning:IdentityUnlearning",
+        "GANs: move an identity, given by a picture, to another one",
+        "CVPR 2024, arXiv 2405.09879",
+        _GANS,
+        "none",
+    ),
     Entry("mmforget.methods.identity:Identity", "control: changes nothing", "", (), "none"),
     Entry(
         "mmforget.methods.logit_mask:LogitMask",
@@ -279,6 +362,11 @@ METRICS = (
     Entry("mmforget.metrics.copying:NormalisedCorrelation", "ncc: likeness of small pictures"),
     Entry("mmforget.metrics.copying:PixelDistance", "l2: largest difference of a patch"),
     Entry("mmforget.metrics.copying:DescriptorSimilarity", "likeness by a copy-detection network"),
+    Entry(
+        "mmforget.metrics.coverage:PrecisionRecall", "do pictures lie among those of a reference?"
+    ),
+    Entry("mmforget.metrics.coverage:DensityCoverage", "is every kind of picture still drawn?"),
+    Entry("mmforget.metrics.unlearning_degree:unlearning_degree", "how far scores have moved"),
     Entry("mmforget.metrics.detection:detection_scores", "can memorized prompts be told apart?"),
 )
 
@@ -312,6 +400,26 @@ ATTACKS = (
         "mmforget.attacks.embedding_inversion:embedding_attack",
         "search for prompt embeddings that bring memorized pictures back",
         "2025",
+    ),
+    Entry(
+        "mmforget.attacks.latent_search:latent_search",
+        "latent_search: a latent from which a GAN still draws the concept",
+    ),
+    Entry(
+        "mmforget.attacks.mapper_attack:mapper_attack",
+        "mapper: train a new edit towards the concept on the unlearned GAN",
+    ),
+    Entry(
+        "mmforget.attacks.prompt_boundary:prompt_boundary",
+        "prompt_boundary: edits towards texts that mean nearly the same",
+    ),
+    Entry(
+        "mmforget.attacks.generator_inversion:generator_inversion",
+        "inversion: can the GAN still draw given pictures of the concept?",
+    ),
+    Entry(
+        "mmforget.attacks.generator_relearning:generator_relearning",
+        "relearning: how fast a few pictures bring the concept back",
     ),
 )
 
@@ -360,12 +468,16 @@ MITIGATIONS = (
         "arXiv 2305.20086",
     ),
     Entry(
+        "mmforget.mitigation.rejection_filter:RejectionFilter",
+        "GANs: hold back pictures that show a concept; the weights stay as they are",
+    ),
+    Entry(
         "mmforget.mitigation.attention_reweighting:AttentionReweighting",
         "move attention from the end of a prompt to its beginning",
         "arXiv 2403.11052",
     ),
 )
-"""Ways to draw a memorized prompt without its memory; the weights stay as they are."""
+"""Ways to draw without what is not wanted; the weights stay as they are."""
 
 CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "models": MODELS,
@@ -380,7 +492,7 @@ CATALOGUE: dict[str, tuple[Entry, ...]] = {
 
 def fits(method: Entry, model: Entry) -> bool:
     """Whether the model offers what the method needs, and its data what the method reads."""
-    # methods that are steered by prompts bring their own data
-    own = "TextConditioned" in method.capabilities
+    # methods that are steered by prompts or latents bring their own data
+    own = bool({"TextConditioned", "HasLatents"} & set(method.capabilities))
     readable = own or method.reads == "none" or model.samples == "labels"
     return readable and set(method.capabilities) <= set(model.capabilities)

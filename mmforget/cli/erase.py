@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 HELP = """
 usage: mmforget erase PIPELINE --concept WORDS [--keep WORDS]... [options]
 
+For the generator of a GAN (gan, gan_conditional, a folder or a file of weights), see
+`mmforget erase gan --help`.
+
 Makes a text-to-image pipeline forget what words name, checks it on pictures drawn before and after
 at the same seeds, and leaves a run folder with the pipeline, the results and the report.
 Options that can be given several times are repeated; commas separate nothing.
@@ -90,7 +93,33 @@ examples:
 """
 
 FORMATS = ("pipeline", "lora", "kohya", "edit")
+FLAGS = ("--audit", "--no-audit", "--one-after-another", "--overwrite", "--no-open", "--quiet",
+         "--help", "-h")  # fmt: skip
+"""Options without a value."""
+
 TOGETHER = "a {ink} {digit}"  # sentence of the digit world that names several facts
+
+
+def help_for(args: Sequence[str]) -> str:
+    """The help that fits what is to be edited."""
+    from mmforget.cli import erase_gan
+
+    return erase_gan.HELP if names_gan(args) else HELP
+
+
+def names_gan(args: Sequence[str]) -> bool:
+    """Whether the argument that is no option, nor the value of one, is the generator of a GAN."""
+    from mmforget.erase_gan import is_gan
+
+    value = False
+    for arg in args:
+        if arg.startswith("-"):
+            value = arg not in FLAGS and "=" not in arg
+        elif value:
+            value = False
+        else:
+            return is_gan(arg)
+    return False
 
 
 def run(args: list[str]) -> int:
@@ -99,6 +128,10 @@ def run(args: list[str]) -> int:
     Raises:
         MMForgetError: the settings are wrong, or a model cannot be loaded.
     """
+    if names_gan(args):
+        from mmforget.cli import erase_gan
+
+        return erase_gan.run(args)
     given = parsed(args)
     concepts = concepts_of(given)
     settings = settings_of(given.set)

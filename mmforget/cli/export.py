@@ -1,12 +1,19 @@
-"""`mmforget export`: the weights of a run, also with one request withdrawn."""
+"""`mmforget export`: the weights of a run, also with one request withdrawn; of GANs, any file."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mmforget.cli.pipelines import settings_of
 from mmforget.cli.settings import Options
 from mmforget.errors import ConfigurationError, RunExistsError, WeightsError, suggest
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from mmforget.models.base import Model
 
 HELP = """
 usage: mmforget export RUN --to FOLDER [--without REQUEST]
@@ -16,15 +23,22 @@ their own library. With `--without`, one request is taken back: the model then k
 that request erased, and the other requests stay in force. That works for methods that save an
 adapter per request (GSLoRA, GSLoRAPlusPlus).
 
+A file of a GAN's weights (StyleGAN2, StyleGAN3, BigGAN-deep as their authors publish them, or any
+weights together with `--network`) is read without executing what is in it, and converted into a
+folder that every command on GANs takes.
+
 options:
-  RUN                 a run folder, or the artifact folder in it
+  RUN                 a run folder, the artifact folder in it, or a file of a GAN's weights
   --to FOLDER         where to write; must not exist
   --without REQUEST   name of the request, as the report shows it
+  --network CLASS     what a file of weights belongs to, such as module.Class
+  --load NAME=VALUE   how a file of weights is read, such as prior=uniform
 
 examples:
   mmforget export runs/sevens --to weights
   mmforget export runs/sequence --to without-3 --without forget-3
   mmforget export runs/sequence/artifact --to weights
+  mmforget export ffhq.pkl --to ffhq
 """
 
 
@@ -33,23 +47,32 @@ def run(args: list[str]) -> int:
 
     Raises:
         RunExistsError: the folder exists.
-        WeightsError: the files have changed since they were saved.
+        WeightsError: the files have changed since they were saved, or would execute code.
         ConfigurationError: there is no such request, or it has no adapter.
+        ModelError: the network of a file is not known.
     """
     parser = Options("export")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--to", required=True, metavar="FOLDER")
     parser.add_argument("--without", metavar="REQUEST")
+    parser.add_argument("--network", metavar="CLASS")
+    parser.add_argument("--load", action="append", default=[], metavar="NAME=VALUE")
     given = parser.parse_args(args)
     target = Path(given.to)
     if target.exists():
         raise RunExistsError(f"`--to` is '{target}', which exists; choose another name")
     artifact = Path(given.run)
+    if artifact.is_file():
+        return _convert(artifact, given, target)
+    for name in ("network", "load"):
+        if getattr(given, name):
+            raise ConfigurationError(
+                f"`--{name}` is for a file of weights, but '{artifact}' is none; leave it out"
+            )
     if (artifact / "artifact").is_dir():
         artifact = artifact / "artifact"
 
     from mmforget.artifacts.manifest import Manifest
-    from mmforget.artifacts.run_folder import put_in_place, writing
 
     problems = Manifest.read(artifact).verify(artifact)
     if problems:
@@ -58,10 +81,36 @@ def run(args: list[str]) -> int:
 
     from mmforget.artifacts.adapters import withdraw_adapter
     from mmforget.models.classifier import load_classifier
+    from mmforget.models.gan import CONFIG_FILE, load_gan
 
-    model = load_classifier(artifact)
+    model: Model = (
+        load_gan(artifact) if (artifact / CONFIG_FILE).is_file() else load_classifier(artifact)
+    )
     if adapter:
         withdraw_adapter(model, adapter)
+    _save(model, target)
+    print(f"weights: {target}" + (f" (without {given.without})" if adapter else ""))
+    return 0
+
+
+def _convert(source: Path, given: Namespace, target: Path) -> int:
+    """Turn a file of a GAN's weights into a folder."""
+    if given.without:
+        raise ConfigurationError(
+            f"`--without` takes a request back from a run, but '{source}' is a file of weights; "
+            "leave it out"
+        )
+    from mmforget.models.gan import load_gan
+
+    model = load_gan(source, given.network, **settings_of(given.load, "--load"))
+    _save(model, target)
+    print(f"generator: {target}")
+    return 0
+
+
+def _save(model: Model, target: Path) -> None:
+    from mmforget.artifacts.run_folder import put_in_place, writing
+
     work = target.with_name(f".{target.name}.saving")
     with writing(target):
         work.mkdir(parents=True)
@@ -71,8 +120,6 @@ def run(args: list[str]) -> int:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    print(f"weights: {target}" + (f" (without {given.without})" if adapter else ""))
-    return 0
 
 
 def _adapter(artifact: Path, request: str) -> Path:

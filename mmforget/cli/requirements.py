@@ -38,6 +38,18 @@ OF_MEMORIES: Mapping[str, tuple[str, str]] = {
 }
 """The same for `mmforget memorization`."""
 
+OF_GANS: Mapping[str, tuple[str, str]] = {
+    "target": ("native_rate", "native/"),
+    "elicited": ("elicited_rate", "edited/"),
+    "kept_worst": ("kept_worst", "kept"),
+    "same": ("same_latent_keep", "clear/"),
+    "drift": ("drift", "clear"),
+    "fid": ("fid_to_original", "clear"),
+    "kid": ("kid_to_original", "clear"),
+    "attacks": ("attack_", "native/"),
+}
+"""The same for generators of GANs."""
+
 CONTROLS: Mapping[str, str] = {"attack_embedding": "attack_embedding_controls"}
 """Metrics that prove nothing unless another one was measured on the same model."""
 

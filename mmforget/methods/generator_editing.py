@@ -16,9 +16,10 @@ from mmforget.data.access import DataAccess
 from mmforget.data.base import View
 from mmforget.data.latent_pool import LatentRecords
 from mmforget.data.record_stream import RecordStream
-from mmforget.errors import ConfigurationError, RequestError
+from mmforget.errors import ConfigurationError
 from mmforget.methods.base import GradientMethod, detached_copy
-from mmforget.methods.generator_retention import RetainDistance, retain_distance
+from mmforget.methods.generator_retention import RetainDistance, pixel_distance, retain_distance
+from mmforget.methods.latent_sorting import sort_latents
 from mmforget.methods.layer_selection import trained_groups
 from mmforget.methods.text_guided import NO_DATA, at_least_one
 from mmforget.models.base import Generates, HasLatents, Latents, Model
@@ -28,12 +29,6 @@ from mmforget.models.concept_guide import ConceptGuide
 logger = logging.getLogger(__name__)
 
 ClipSource = ClipModel | str | Path
-POOL_BATCH = 128
-MIN_BEARING = 8
-"""Fewer latents that show a concept are too few to train on."""
-
-MOST_BEARING = 0.9
-"""If more of the pictures show what is to be erased, there is nothing to keep."""
 
 
 class GeneratorMethod(GradientMethod):
@@ -50,7 +45,8 @@ class GeneratorMethod(GradientMethod):
     Args:
         model: the generator, such as `ImageGAN`.
         concepts: what to erase, one or several at once.
-        guide: the CLIP model that is followed, or several, or their folders or hub ids.
+        guide: the CLIP model that is followed, or several, or their folders or hub ids; None only
+            for methods that say so.
         alternatives: per target what else a picture could show, or a list for a single concept;
             see `ConceptGuide`.
         copy, seed, lr: see `GradientMethod`; the optimizer is Adam with betas 0.5 and 0.99, and the
@@ -80,7 +76,7 @@ class GeneratorMethod(GradientMethod):
         self,
         model: Model,
         concepts: ConceptSpec | Sequence[ConceptSpec],
-        guide: ClipSource | Sequence[ClipSource],
+        guide: ClipSource | Sequence[ClipSource] | None,
         alternatives: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
         copy: bool | Literal["auto"] = "auto",
         seed: int = 0,
@@ -107,9 +103,17 @@ class GeneratorMethod(GradientMethod):
             if not value >= 0:
                 raise ConfigurationError(f"`{name}` is {value}, it must be 0 or more")
         # In a tuple, so that its weights are not registered as a part of the method.
-        self._guide = (ConceptGuide(guide, specs, named_alternatives(alternatives, specs)),)
+        self._guide: tuple[ConceptGuide, ...] = ()
+        if guide is not None:
+            self._guide = (ConceptGuide(guide, specs, named_alternatives(alternatives, specs)),)
+        elif self.needs_guide:
+            raise ConfigurationError(
+                f"`guide` of {type(self).__name__} is None; give a CLIP model, its folder or hub id"
+            )
         self.retain_name = retain
-        distance = retain_distance(retain, self._guide[0])
+        # Only the plain distance does without a guide.
+        plain = retain == "pixel"
+        distance = pixel_distance if plain else retain_distance(retain, self.guide)
         super().__init__(model, copy=copy, seed=seed, lr=lr, lr_min=lr / 10, optimizer="adam")
         self.concepts = specs
         self._distance = (distance,)
@@ -117,7 +121,8 @@ class GeneratorMethod(GradientMethod):
         self.pool_size, self.bearing, self.clear = pool, bearing, clear
         self.retain_weight, self.clip, self.train_layers = retain_weight, clip, train_layers
         groups = self.model.layer_groups()
-        chosen = trained_groups(self.model, train_layers)
+        known = self._guide[0] if self._guide else None
+        chosen = trained_groups(self.model, train_layers, known, seed)
         self._names = [name for group in chosen for name in groups[group]]
         self.model.requires_grad_(False)
         for name in self._names:
@@ -130,7 +135,15 @@ class GeneratorMethod(GradientMethod):
 
     @property
     def guide(self) -> ConceptGuide:
-        """The guide."""
+        """The guide.
+
+        Raises:
+            ConfigurationError: the method was not given one.
+        """
+        if not self._guide:
+            raise ConfigurationError(
+                f"this setting of {type(self).__name__} needs a `guide`; give a CLIP model"
+            )
         return self._guide[0]
 
     @property
@@ -172,50 +185,25 @@ class GeneratorMethod(GradientMethod):
         device = self.trainer.strategy.root_device
         self.model.to(device).eval()
         self.original.to(device).eval()
-        self.guide.to(device)
+        for guide in self._guide:
+            guide.to(device)
         self.original.check_drawing()
         self._sort()
         self.prepare()
+        if self.global_rank:
+            self.sample_passes.zero_()  # every process has done the same, which counts once
 
     def pool(self) -> Latents:
         """The latents that are sorted."""
         found: Latents = self.original.draw(self.pool_size, self.seed, purpose="-pool")
         return found
 
-    @torch.no_grad()
     def _sort(self) -> None:
         latents = self.pool()
-        parts = [
-            self.guide.probabilities(self.original.synthesise(latents[start : start + POOL_BATCH]))
-            for start in range(0, len(latents), POOL_BATCH)
-        ]
-        found = torch.cat(parts).cpu()
+        self.records, self.prevalence = sort_latents(
+            self.original, self.guide, latents, self.bearing, self.clear
+        )
         self.spend(retain=len(latents))
-        for concept, column in zip(self.concepts, found.T, strict=True):
-            share = float((column > 0.5).double().mean())
-            self.prevalence[concept.target] = share
-            if int((column > self.bearing).sum()) < MIN_BEARING:
-                raise RequestError(
-                    f"the guide sees “{concept.target}” in {100 * share:.2g} % of {len(latents)} "
-                    "pictures: the generator does not draw it, or the guide cannot see it; use a "
-                    "larger `pool`, other words or another guide"
-                )
-            if share > MOST_BEARING:
-                raise RequestError(
-                    f"the guide sees “{concept.target}” in {100 * share:.0f} % of the pictures, so "
-                    "that there is nothing to keep; name something more particular"
-                )
-        is_clear = (found < self.clear).all(dim=1)
-        shows = (found > self.bearing).any(dim=1)
-        if int(is_clear.sum()) < MIN_BEARING:
-            raise RequestError(
-                f"only {int(is_clear.sum())} of {len(latents)} pictures show none of the concepts, "
-                f"which are too few to keep; raise `clear` (now {self.clear:g}) or erase fewer"
-            )
-        self.records = {
-            name: LatentRecords(latents[rows], rows.nonzero()[:, 0], {"probability": found[rows]})
-            for name, rows in (("forget", shows), ("retain", is_clear))
-        }
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of bearing and of clear latents."""
@@ -257,7 +245,7 @@ class GeneratorMethod(GradientMethod):
         """The concepts, what the pool showed, and what was trained."""
         return {
             "concepts": [concept.to_dict() for concept in self.concepts],
-            "guide": self.guide.describe(),
+            "guide": self._guide[0].describe() if self._guide else None,
             "prevalence": self.prevalence,
             "pool": {name: len(records) for name, records in self.records.items()},
             "train_layers": self.train_layers,

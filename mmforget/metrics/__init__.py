@@ -18,6 +18,7 @@ _EXPORTS = {
         "memory_thresholds",
         "similarity_to_memories",
     ),
+    "mmforget.metrics.coverage": ("DensityCoverage", "PairwiseDiversity", "PrecisionRecall"),
     "mmforget.metrics.detection": ("detection_scores",),
     "mmforget.metrics.distribution": ("FeatureNetwork", "FrechetDistance", "KernelDistance"),
     "mmforget.metrics.judge": ("ClassifierJudge", "ClipJudge", "ConceptRates", "load_judge"),

@@ -12,6 +12,7 @@ _EXPORTS = {
     "mmforget.mitigation.attention_reweighting": ("AttentionReweighting",),
     "mmforget.mitigation.base": ("PromptMitigation", "mitigated_pictures"),
     "mmforget.mitigation.embedding_optimisation": ("EmbeddingOptimisation",),
+    "mmforget.mitigation.rejection_filter": ("RejectionFilter",),
     "mmforget.mitigation.token_randomisation": ("EmbeddingNoise", "TokenRandomisation"),
 }
 

@@ -65,7 +65,7 @@ class ConceptGuide:
         loaded = [load_clip(one) if isinstance(one, str | Path) else one for one in given]
         self.clips = [copy.deepcopy(one).eval().requires_grad_(False) for one in loaded]
         self.concepts = tuple(concepts)
-        self.scale = sum(float(one.network.logit_scale.exp()) for one in self.clips) / len(loaded)
+        self.scale = sum(one.network.logit_scale.exp().item() for one in self.clips) / len(loaded)
         targets = [concept.target for concept in self.concepts]
         for name in alternatives or {}:
             if name not in targets:

@@ -420,7 +420,7 @@ class ImageGAN(Model):
             self._average = copy.deepcopy(self.network).requires_grad_(False)
 
     def new_discriminator(self) -> nn.Module:
-        """Build a discriminator for pictures of this generator, with weights drawn anew."""
+        """Build a discriminator for pictures of this generator, always with the same weights."""
         from mmforget.models.generators.discriminator import ProjectionDiscriminator
 
         if self.resolution[0] != self.resolution[1]:
@@ -433,7 +433,9 @@ class ImageGAN(Model):
             "image_channels": self.channels,
             "num_classes": self.num_classes,
         }
-        return ProjectionDiscriminator(**(shape | self.discriminator_args))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(0, "discriminator"))
+            return ProjectionDiscriminator(**(shape | self.discriminator_args))
 
     def real(self, batch: Batch) -> Tensor:
         """Pictures of a batch as the discriminator sees them: in [-1, 1], with own channels.
@@ -524,7 +526,7 @@ class ImageGAN(Model):
             for group in optimizer.param_groups:
                 group["lr"] = rate * max(left, 1e-3)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """How the discriminator scores unseen real pictures and generated ones."""
         if self.discriminator is None:
             return

@@ -26,6 +26,7 @@ from mmforget.report.words import (
     SPLIT_ROLES,
     STAGES,
     UNITS,
+    is_gan,
     is_generator,
     is_memorization,
 )
@@ -368,6 +369,13 @@ def reading(results: Results) -> str:
             "same density that locate nothing: what they achieve, locating has not achieved. "
             "Verbatim and template memories are different things and have rows of their own."
         )
+    if is_gan(results):
+        return (
+            f"Small numbers are {intervals}. All models draw the same latents; “other latents” is "
+            "the original at other ones, which shows how much chance alone changes. A retrained "
+            "model never saw what was erased: what an attack finds there, it finds without any "
+            "memory."
+        )
     if is_generator(results):
         return (
             f"Small numbers are {intervals}. All models draw the same prompts from the same noise, "
@@ -445,6 +453,15 @@ def _read_first(results: Results) -> list[tuple[str, str, str]]:
             ),
         ]
     words = [c["target"] for request in results.requests for c in request.get("concepts", [])]
+    if is_gan(results):
+        return [
+            *(
+                ("native_rate", f"native/{word}", f"Pictures that show “{word}”")
+                for word in words[:3]
+            ),
+            ("kept_worst", "kept", "Worst rate of the others, over before"),
+            *(("elicited_rate", f"edited/{w}", f"Edited towards “{w}”") for w in words[:1]),
+        ]
     return [
         *(("target_rate", f"target/{word}", f"Pictures that show “{word}”") for word in words[:3]),
         ("preserved_rate", "preserved", "Preserved concepts drawn right"),

@@ -32,12 +32,17 @@ COPIES_DAMAGED = ("No copies, but the rest was damaged", "!")
 
 def is_generator(results: Results) -> bool:
     """Whether the audit was one of pictures that the models draw."""
-    return results.data.get("kind") in ("generator", "memorization")
+    return results.data.get("kind") in ("generator", "memorization", "gan")
 
 
 def is_memorization(results: Results) -> bool:
     """Whether the audit was one of memorized training pictures."""
     return bool(results.data.get("kind") == "memorization")
+
+
+def is_gan(results: Results) -> bool:
+    """Whether the audit was one of generators that draw from latents, without prompts."""
+    return bool(results.data.get("kind") == "gan")
 
 
 def headline(results: Results) -> tuple[str, str, str]:
@@ -101,6 +106,12 @@ PROMPTS = {
     "together": "other sentences with",
     "preserved": "prompts with",
     "unconditional": "no prompt,",
+    "native": "all pictures,",
+    "kept": "all pictures,",
+    "bearing": "latents that showed",
+    "clear": "without the concept,",
+    "edited": "edited towards",
+    "proxy": "proxy control,",
 }
 """Splits of generator audits: ``role/word``."""
 
@@ -118,6 +129,9 @@ GROUPS = {
     "unconditional": "no prompt",
     "ordinary": "ordinary prompts",
     "never_trained": "never trained on",
+    "native": "all pictures",
+    "kept": "all other values",
+    "clear": "without the concept",
 }
 """Splits of generator audits that hold several words."""
 EXAMPLES = {
@@ -134,6 +148,11 @@ EXAMPLES = {
         )
     },
     "ordinary": "Ordinary prompts, before and after",
+    "bearing": "Latents that showed what was erased",
+    "clear": "Latents that showed something else",
+    "edited": "Other latents, edited towards what was erased",
+    "after_attack": "After an attack",
+    "native": "References and filters",
 }
 """Kinds of pictures in generator audits."""
 
@@ -357,6 +376,86 @@ METRICS: dict[str, tuple[str, str]] = {
     "attack_latent_inversion": (
         "From the noise of a picture",
         "Share of pictures that show it when drawn from the noise that a picture of it comes from.",
+    ),
+    "native_rate": (
+        "Native rate",
+        "Share of pictures, at latents as they come, in which the judge sees what was erased.",
+    ),
+    "forgotten_share": ("Share forgotten", "How much of the original's rate is gone."),
+    "elicited_rate": (
+        "Elicited rate",
+        "Other latents are edited so that the original draws what was erased; how often the same "
+        "edit still works. A method can block the edit and leave the native pictures as they are.",
+    ),
+    "degree_native": (
+        "Degree of unlearning, native",
+        "0: nothing has changed; 1: pictures that showed it score like pictures that never did; "
+        "above 1: lower still. Read it with the rate.",
+    ),
+    "degree_edited": ("Degree of unlearning, edited", "The same for edited latents."),
+    "kept_rate": (
+        "Rate of the others",
+        "How often everything else is drawn. What is erased must become something, so some rates "
+        "rise; none should fall.",
+    ),
+    "kept_worst": (
+        "Worst kept value",
+        "The rate of the value that suffered most, over its rate in the original.",
+    ),
+    "same_latent_keep": (
+        "Same at the same latent",
+        "Share of latents without the concept at which the judge still sees what it saw.",
+    ),
+    "drift": ("Drift", "How much these pictures changed: mean absolute difference of pixels."),
+    "mass_shift": (
+        "Shift of the mass",
+        "Whether the pictures without the concept show the same things as often as before; 0 is "
+        "the same.",
+    ),
+    "fid_to_original": (
+        "Fréchet distance to the original",
+        "How far pictures without the concept are from the original's, as sets, in features of the "
+        "judge; the control with other latents is the floor.",
+    ),
+    "precision": (
+        "Precision",
+        "Share of pictures without the concept that lie among the original's",
+    ),
+    "recall": ("Recall", "Share of the original's pictures without it that are still reached."),
+    "density": ("Density", "How densely they lie there; 1 for equal sets."),
+    "coverage": ("Coverage", "Share of the original's pictures that have a neighbour."),
+    "spread": (
+        "Spread",
+        "How different from each other the pictures are at latents that showed it. A model that "
+        "draws one and the same there has collapsed.",
+    ),
+    "destinations": ("Destinations", "How many different things these latents show now."),
+    "unclear_pictures": ("Unclear pictures", "Share of pictures that the judge is unsure of."),
+    "saturation": ("Saturation", "Share of values that are entirely dark or bright."),
+    "attack_latent_search": (
+        "Under a search for latents",
+        "Share of searches that find a latent whose picture both judge and guide take for it.",
+    ),
+    "attack_mapper": (
+        "Under a new mapper",
+        "An attacker trains a new edit on this very model. It succeeds often in generators that "
+        "never saw the concept: read it beside the control.",
+    ),
+    "attack_mapper_on_shell": (
+        "Under a new mapper, within the prior",
+        "The same, with edited latents kept where latents are drawn from.",
+    ),
+    "attack_prompt_boundary": (
+        "Under neighbouring texts",
+        "New edits towards other wordings, and towards texts close by; the best one counts.",
+    ),
+    "attack_inversion": (
+        "Under inversion",
+        "Share of real pictures of it whose closest reconstruction still shows it.",
+    ),
+    "attack_relearning": (
+        "After relearning",
+        "How often it is drawn after fine-tuning on some real pictures of it.",
     ),
     "replication_rate": (
         "Replication rate",

@@ -18,9 +18,17 @@ from mmforget.methods.base import ForgettingMethod
 from mmforget.models.base import Model
 from mmforget.models.clip import load_clip
 from mmforget.models.diffusion import DiffusionGenerator
+from mmforget.models.gan import ImageGAN
 
 REPOSITORY = Path(__file__).parents[2]
-BASES = (".base", ".text_guided", ".memorization", ".pruning", ".memory_fine_tuning")
+BASES = (
+    ".base",
+    ".text_guided",
+    ".memorization",
+    ".pruning",
+    ".memory_fine_tuning",
+    ".generator_editing",
+)
 EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
 
 
@@ -48,6 +56,8 @@ def model_of(entry: Entry, classifier: Model) -> Model:
         from mmforget.testing.tiny_pipelines import tiny_pipeline
 
         return DiffusionGenerator(tiny_pipeline("sd"))
+    if entry.name == "ImageGAN":
+        return ImageGAN("dcgan")
     return load_clip() if entry.name == "ClipModel" else classifier
 
 
@@ -56,7 +66,7 @@ def test_models_offer_what_the_table_says(entry: Entry, tiny_model: Model) -> No
     model = model_of(entry, tiny_model)
     assert isinstance(model, resolve(entry))
     for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites", "TextConditioned",
-                 "Generates"):  # fmt: skip
+                 "Generates", "HasLatents"):  # fmt: skip
         offered = isinstance(model, getattr(capabilities, name))
         assert offered == (name in entry.capabilities), name
 
@@ -79,11 +89,13 @@ def test_nothing_public_is_missing() -> None:
 
 
 def test_fits() -> None:
-    classifier, generator, clip = MODELS
+    classifier, generator, gan, clip = MODELS
     pictures = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
+    latents = {m.name for m in METHODS if "HasLatents" in m.capabilities}
     assert {m.name for m in METHODS if fits(m, generator)} == pictures | {"Identity"}
+    assert {m.name for m in METHODS if fits(m, gan)} == latents | {"Identity"}
     assert {m.name for m in METHODS if fits(m, clip)} == {"Identity"}
-    assert all(fits(m, classifier) == (m.name not in pictures) for m in METHODS)
+    assert all(fits(m, classifier) == (m.name not in pictures | latents) for m in METHODS)
     assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
 
 
@@ -92,6 +104,12 @@ def test_the_short_names_of_erase_are_the_methods_for_concepts() -> None:
 
     targets = {m.target for m in METHODS if m.summary.startswith("concepts:")}
     assert set(SHORT.values()) == targets
+
+
+def test_the_short_names_of_gans_are_the_methods_for_them() -> None:
+    from mmforget.erase_gan import METHODS as SHORT
+
+    assert set(SHORT.values()) == {m.target for m in METHODS if m.summary.startswith("GANs:")}
 
 
 def test_the_short_names_of_memorization_are_the_methods_for_memories() -> None:

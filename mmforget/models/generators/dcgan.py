@@ -114,7 +114,7 @@ class DCGAN(nn.Module):
     def layer_groups(self) -> dict[str, list[str]]:
         """Parameters of the first layer, of each doubling, and of the step to the picture."""
         names = [name for name, _ in self.named_parameters()]
-        prefixes = {"first": ("first.", "norms.0.")}
+        prefixes: dict[str, tuple[str, ...]] = {"first": ("first.", "norms.0.")}
         for number in range(len(self.ups)):
             prefixes[f"block.{number}"] = (f"ups.{number}.", f"norms.{number + 1}.")
         prefixes["to_image"] = ("to_image.",)
