@@ -76,8 +76,8 @@ def main() -> None:
         ratio = statistics.median(one / other for one, other in pairs)
         print(
             f"{'with' if edits else 'without'} edits, {pictures} pictures: step "
-            f"{1e3 * own:.0f} ms, bound {1e3 * least:.0f} ms, ratio {ratio:.2f}; before the first step "
-            f"{prepared:.1f} s"
+            f"{1e3 * own:.0f} ms, bound {1e3 * least:.0f} ms, ratio {ratio:.2f}; before the first "
+            f"step {prepared:.1f} s"
         )
 
 

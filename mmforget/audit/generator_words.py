@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmforget.audit.concept_pictures import known_facts
 from mmforget.audit.drawing import as_bytes, strip
 from mmforget.audit.generator_attacks import ATTACKS, Recovery
 from mmforget.audit.provenance import environment
@@ -164,6 +165,14 @@ def warnings(scene: GANScene, rows: Rows, entries: Sequence[ModelEntry]) -> list
         found.append(
             "judge and guide are the same CLIP model: an edit that only fools this model passes"
         )
+    if scene.settings.proxy:
+        facts = known_facts(scene.judge, "audit.proxy", [scene.settings.proxy])
+        share = float(scene.first.shows(facts).double().mean())
+        if share >= scene.settings.min_original_rate:
+            found.append(
+                f"the proxy control '{scene.settings.proxy}' is drawn in {100 * share:.1f} % of "
+                "the original's pictures, so that it is none: name what it never draws"
+            )
     for concept in scene.concepts:
         for kept in concept.contained():
             found.append(f"'{kept}' is preserved, but contains an erased word")

@@ -188,6 +188,8 @@ class GANScene:
         self.models, self.concepts, self.judge = list(models), tuple(concepts), judge
         self.settings, self.real, self.progress = settings, real, progress
         self.facts = {c.target: known_facts(judge, "concept", c.words) for c in self.concepts}
+        if settings.proxy:
+            known_facts(judge, "audit.proxy", [settings.proxy])
         self.kept = self._kept()
         self.guide = (
             None
@@ -225,9 +227,12 @@ class GANScene:
         ]
 
     def _others(self, given: Mapping[str, Sequence[str]] | None) -> Mapping[str, Sequence[str]]:
-        """Alternatives of the guide: the other values of the concept's factor, unless named."""
+        """Alternatives of the guide: the other values of the concept's factor, unless named.
+
+        What a zero-shot judge chooses from was made of the concepts themselves, and says no more.
+        """
         found = dict(given or {})
-        for concept in self.concepts:
+        for concept in () if isinstance(self.judge, ClipJudge) else self.concepts:
             found.setdefault(concept.target, other_values(self.judge, self.facts[concept.target]))
         return {name: others for name, others in found.items() if others}
 

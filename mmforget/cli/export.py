@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmforget.cli.pipelines import settings_of
 from mmforget.cli.settings import Options
@@ -83,7 +83,7 @@ def run(args: list[str]) -> int:
     from mmforget.models.classifier import load_classifier
     from mmforget.models.gan import CONFIG_FILE, load_gan
 
-    model: Model = (
+    model: Any = (
         load_gan(artifact) if (artifact / CONFIG_FILE).is_file() else load_classifier(artifact)
     )
     if adapter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -16,8 +15,6 @@ from mmforget.errors import ConfigurationError, RequestError, suggest
 from mmforget.methods.base import samples
 from mmforget.methods.generator_editing import ClipSource, GeneratorMethod
 from mmforget.models.base import Latents, LatentSpace, Model
-
-logger = logging.getLogger(__name__)
 
 Gate = Literal["guide", "projection"]
 NegationSpace = Literal["z", "w"]

@@ -690,7 +690,8 @@ def load_gan(
     path = Path(source).expanduser()
     if str(source) in SHIPPED and not path.exists():
         path = Path(str(resources.files("mmforget") / "assets" / "digit_world" / str(source)))
-    if path.is_file():
+    published = (path / "config.json").is_file() and not (path / CONFIG_FILE).is_file()
+    if path.is_file() or published:
         model = _from_file(path, network, settings)
     else:
         model = _from_folder(_folder(path, source), network, settings, discriminator)
@@ -761,7 +762,9 @@ def _from_file(
     from mmforget.models.generators.checkpoints import read_checkpoint
 
     found = read_checkpoint(path)
-    model = ImageGAN(found.network, found.network_args, **{**found.settings, **settings})
+    given = {**found.settings, **settings}
+    args = {**found.network_args, **given.pop("network_args", {})}
+    model = ImageGAN(found.network, args, **given)
     put_weights(model.network, found.weights, path)
     return model
 

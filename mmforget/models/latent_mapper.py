@@ -61,12 +61,13 @@ class LatentMapper(nn.Module):
         return [slice(a, b) for a, b in pairwise(edges)]
 
     def steps(self, codes: Tensor) -> Tensor:
-        """M(u) of codes, in their shape."""
+        """M(u) of codes, in their shape and precision, whatever that of the mapper is."""
+        given = codes.to(next(self.parameters()).dtype)
         if not self.layers:
-            found: Tensor = self.groups[0](codes)
-            return found
-        parts = [net(codes[:, s]) for net, s in zip(self.groups, self._bounds(), strict=True)]
-        return torch.cat(parts, dim=1)
+            found: Tensor = self.groups[0](given)
+            return found.to(codes.dtype)
+        parts = [net(given[:, s]) for net, s in zip(self.groups, self._bounds(), strict=True)]
+        return torch.cat(parts, dim=1).to(codes.dtype)
 
     def forward(self, latents: Latents, strength: Tensor | float = 1.0) -> Latents:
         """Move latents.

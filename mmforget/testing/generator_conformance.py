@@ -10,6 +10,7 @@ on a tiny generator of random weights, in which the shipped CLIP model sees "whi
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -67,8 +68,6 @@ def tiny_gan(classes: bool = False, discriminator: bool = False) -> ImageGAN:
 
 def tiny_settings(method: type[ForgettingMethod]) -> dict[str, Any]:
     """Settings of a short run on `tiny_gan`, as far as the method has them."""
-    import inspect
-
     few = {
         "pool": 64, "bearing": 0.5, "clear": 0.5, "batch_size": 5, "retain_batch_size": 5,
         "lr": 1e-3, "mapper_steps": 2, "samples": 8,
@@ -247,8 +246,6 @@ class GeneratorMethodChecks(MethodChecks):
 
     @property
     def _settings(self) -> Mapping[str, Any]:
-        import inspect
-
         return inspect.signature(self.method).parameters
 
     def _refused(self, kind: type[MMForgetError], what: str, call: Callable[[], Any]) -> None:

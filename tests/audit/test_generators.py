@@ -315,6 +315,10 @@ def test_attacks_are_read_beside_their_control(
     if retrained:
         assert value(results, "attack_latent_search", "native/seven", "retrained") == retrained_rate
         assert results.by_role("retrained")[0].name == "retrained"
+    # these generators draw zeros, so the report must say that this proxy is none
+    assert any("proxy control 'zero' is drawn in" in text for text in results.warnings) == bool(
+        proxy
+    )
     shown = next(one for one in results.examples if one["kind"] == "after_attack")
     assert {"original", "unlearned"} <= set(shown["images"])
 
@@ -351,6 +355,7 @@ def test_mistakes_are_refused_before_any_work(
     refused(RequestError, "purple", without, ConceptSpec("seven", preserve=("purple",)), judge)
     refused(ModelError, "draws from 20 numbers", digit_bank(2)[0], SEVEN, judge)
     refused(DataError, "at least two pictures", real=torch.zeros(3, 32, 32))
+    refused(RequestError, "`audit.proxy` has 'giraffe'", settings=replace(FEW, proxy="giraffe"))
     attacked = replace(FEW, attacks=("latent_search",))
     refused(ConfigurationError, "needs a `guide`", settings=attacked)
     inverted = replace(FEW, attacks=("inversion",))

@@ -18,6 +18,7 @@ from mmforget.methods.latent_negation import LatentNegation
 from mmforget.methods.latent_sorting import guide_probabilities, sort_latents
 from mmforget.models.clip import load_clip
 from mmforget.models.concept_guide import ConceptGuide
+from mmforget.models.gan import ImageGAN
 from mmforget.testing.generator_conformance import tiny_gan
 
 FEW = {"pool": 64, "bearing": 0.5, "clear": 0.5, "batch_size": 4, "retain_batch_size": 4}
@@ -190,6 +191,22 @@ def test_negated_latents_lie_at_the_mean_projection_of_the_clear_ones(make):
     expected = method.original.pictures(method.drawn(given).moved(codes))
     assert torch.allclose(method.negated(given), expected, atol=1e-5)
     assert float((codes @ v).max()) <= float(threshold) + 1e-5
+
+
+def test_directions_can_lie_among_the_styles(clip):
+    torch.manual_seed(0)
+    args = {"latent_size": 8, "style_size": 8, "channels": (8, 4), "mapping_layers": 2}
+    model = ImageGAN("stylegan2", args)
+    method = LatentNegation(model, ConceptSpec("white"), clip, ["pink"], space="w", gate="guide")
+    method._directions, method._thresholds = torch.eye(8)[2:3], torch.tensor([0.1])
+    latents = model.draw(6, 0)
+    styles = model.mapped(latents, "w")
+    given = {"codes": latents.codes, "probability": torch.tensor([[0.9]] * 5 + [[0.1]])}
+    expected = styles.codes.detach().clone()
+    expected[:5, 2] = expected[:5, 2].clamp(max=0.1)
+    drawn = model.synthesise(styles.moved(expected))
+    assert torch.allclose(method.negated(given), drawn, atol=1e-5)
+    assert bool((expected != styles.codes).any())
 
 
 def test_a_feature_that_no_plane_separates_is_refused_with_its_area(make):

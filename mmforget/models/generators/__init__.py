@@ -6,8 +6,12 @@ from mmforget._lazy import lazy_attributes
 
 _EXPORTS = {
     "mmforget.models.generators.base": ("StyleBased",),
+    "mmforget.models.generators.biggan_deep": ("BigGANDeep",),
+    "mmforget.models.generators.checkpoints": ("export_like", "read_checkpoint"),
     "mmforget.models.generators.dcgan": ("DCGAN",),
     "mmforget.models.generators.discriminator": ("ProjectionDiscriminator",),
+    "mmforget.models.generators.stylegan2": ("StyleGAN2",),
+    "mmforget.models.generators.stylegan3": ("StyleGAN3",),
 }
 
 NETWORKS = {
