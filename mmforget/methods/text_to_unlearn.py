@@ -55,6 +55,7 @@ class TextToUnlearn(GeneratorMethod):
         edit_weight: see above.
         mapper_steps: of phase 1; 0 leaves edits out, for the objective ``margin`` only.
         mapper_scale: of the edits, at the first try.
+        mapper_tries: trainings of a mapper until it elicits the concept, at most.
 
     Raises:
         ConfigurationError: a setting out of range.
@@ -89,6 +90,7 @@ class TextToUnlearn(GeneratorMethod):
         edit_weight: float = 2.0,
         mapper_steps: int = 200,
         mapper_scale: float = 1.0,
+        mapper_tries: int = 5,
     ) -> None:
         if objective not in get_args(Objective):
             raise ConfigurationError(
@@ -99,6 +101,7 @@ class TextToUnlearn(GeneratorMethod):
                 raise ConfigurationError(f"`{name}` is {value}, it must be 0 or more")
         if mapper_steps < 0:
             raise ConfigurationError(f"`mapper_steps` is {mapper_steps}, it must be 0 or more")
+        at_least_one(mapper_tries=mapper_tries)
         if objective == "direction":
             at_least_one(mapper_steps=mapper_steps)
         super().__init__(
@@ -108,6 +111,7 @@ class TextToUnlearn(GeneratorMethod):
         self.objective: Objective = objective
         self.forget_weight, self.kappa, self.edit_weight = forget_weight, kappa, edit_weight
         self.mapper_steps, self.mapper_scale = mapper_steps, mapper_scale
+        self.mapper_tries = mapper_tries
         self._mappers: tuple[LatentMapper, ...] = ()
         self._directions = torch.zeros(0)
         self.mapper_reports: list[MapperReport] = []
@@ -122,8 +126,8 @@ class TextToUnlearn(GeneratorMethod):
                 found.append(
                     train_mapper(
                         self.original, self.guide, number, steps=self.mapper_steps,
-                        scale=self.mapper_scale, seed=self.seed, space="z",
-                        purpose=f"mapper-{number}",
+                        scale=self.mapper_scale, tries=self.mapper_tries, seed=self.seed,
+                        space="z", purpose=f"mapper-{number}",
                     )
                 )  # fmt: skip
             report = found[-1][2]

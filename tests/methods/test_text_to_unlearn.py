@@ -17,6 +17,7 @@ from mmforget.models.base import state_hash
 from mmforget.models.clip import ClipModel
 
 OTHERS = [digit for digit in DIGITS if digit != "seven"]
+OTHER_INKS = [ink for ink in INKS if ink != "red"]
 TINY = {"latent_size": 8, "channels": (16, 8, 8, 8)}
 
 
@@ -37,7 +38,11 @@ def method_for(gan: ImageGAN, clip: ClipModel, **settings: Any) -> TextToUnlearn
 
 @pytest.fixture(scope="module")
 def unlearned(gan: ImageGAN, clip: ClipModel) -> ImageGAN:
-    return run_method(method_for(gan, clip, mapper_steps=30), 60, progress=False)  # type: ignore[return-value]
+    method = TextToUnlearn(
+        gan, ConceptSpec("red"), clip, OTHER_INKS, batch_size=16, retain_batch_size=32, pool=1024,
+        mapper_steps=0,
+    )  # fmt: skip
+    return run_method(method, 60, progress=False)  # type: ignore[return-value]
 
 
 def seen(model: ImageGAN, factor: str = "digit") -> Tensor:
@@ -48,13 +53,13 @@ def seen(model: ImageGAN, factor: str = "digit") -> Tensor:
 def test_it_forgets_and_retains_by_a_judge_that_did_not_guide(
     gan: ImageGAN, unlearned: ImageGAN
 ) -> None:
-    before, after = seen(gan), seen(unlearned)
-    assert int((before == 7).sum()) > 40
-    assert int((after == 7).sum()) < 0.5 * int((before == 7).sum())
-    kept = before != 7
-    assert float((before[kept] == after[kept]).double().mean()) > 0.8
-    inks = seen(gan, "ink")[kept] == seen(unlearned, "ink")[kept]
-    assert float(inks.double().mean()) > 0.9
+    before, after = seen(gan, "ink"), seen(unlearned, "ink")
+    assert int((before == 0).sum()) > 100
+    assert int((after == 0).sum()) < 0.1 * int((before == 0).sum())
+    kept = before != 0
+    assert float((before[kept] == after[kept]).double().mean()) > 0.9
+    digits = seen(gan)[kept] == seen(unlearned)[kept]
+    assert float(digits.double().mean()) > 0.7
 
 
 def test_the_given_generator_is_left_as_it_was(gan: ImageGAN, clip: ClipModel) -> None:
@@ -100,22 +105,24 @@ def test_the_loss_is_that_of_the_formula(gan: ImageGAN, clip: ClipModel) -> None
 
 
 def test_edits_are_pushed_back_to_the_unedited_picture(gan: ImageGAN, clip: ClipModel) -> None:
-    method = method_for(gan, clip, mapper_steps=5, batch_size=4, retain_batch_size=4)
+    method = method_for(
+        gan, clip, mapper_steps=5, mapper_tries=1, batch_size=4, retain_batch_size=4
+    )
     run_method(method, 1, progress=False)
     batch = {name: records[list(range(4))] for name, records in method.records.items()}
     terms = method.losses(batch)
     assert sorted(terms) == ["edit", "edit_retain", "forget", "retain"]
     report = method.statistics()["mappers"][0]
-    assert report["tries"] >= 1 and report["steps"] == 5
+    assert report["tries"] == 1 and report["steps"] == 5
 
 
 def test_several_concepts_are_erased_at_once(gan: ImageGAN, clip: ClipModel) -> None:
     concepts = [ConceptSpec("seven"), ConceptSpec("red")]
-    inks = [ink for ink in INKS if ink != "red"]
+    alternatives = {"seven": OTHERS, "red": OTHER_INKS}
     method = TextToUnlearn(
-        gan, concepts, clip, {"seven": OTHERS, "red": inks}, pool=1024, mapper_steps=10
+        gan, concepts, clip, alternatives, pool=1024, mapper_steps=0, retain_batch_size=32
     )
-    unlearned: Any = run_method(method, 60, progress=False)
+    unlearned: Any = run_method(method, 50, progress=False)
     assert set(method.prevalence) == {"seven", "red"}
     for factor, place in (("digit", 7), ("ink", 0)):
         before, after = (int((seen(one, factor) == place).sum()) for one in (gan, unlearned))
@@ -126,10 +133,10 @@ def test_the_published_objective_blocks_the_edit_and_leaves_the_concept(
     gan: ImageGAN, clip: ClipModel
 ) -> None:
     method = method_for(
-        gan, clip, objective="direction", mapper_steps=60, retain_weight=20.0, batch_size=16,
+        gan, clip, objective="direction", mapper_steps=60, mapper_tries=1, batch_size=16,
         retain_batch_size=16,
     )  # fmt: skip
-    unlearned: Any = run_method(method, 60, progress=False)
+    unlearned: Any = run_method(method, 50, progress=False)
     latents = gan.draw(200, 9, purpose="-test")
     edited = method._mappers[0](latents)
     rates = [
@@ -138,7 +145,7 @@ def test_the_published_objective_blocks_the_edit_and_leaves_the_concept(
     ]
     assert rates[0] > 0.6 and rates[1] < 0.5 * rates[0]
     before, after = (int((seen(one) == 7).sum()) for one in (gan, unlearned))
-    assert after > 0.7 * before
+    assert after > 0.5 * before
 
 
 def test_only_the_chosen_layers_change(gan: ImageGAN, clip: ClipModel) -> None:
@@ -202,7 +209,7 @@ def test_a_concept_that_is_everything_is_refused(gan: ImageGAN, clip: ClipModel)
     method = TextToUnlearn(
         gan, ConceptSpec("digit"), clip, alternatives=["cat"], pool=256, mapper_steps=0
     )
-    with pytest.raises(RequestError, match=r"nothing to keep|does not draw it"):
+    with pytest.raises(RequestError, match=r"nothing to keep|too few to keep"):
         run_method(method, 1, progress=False)
 
 
