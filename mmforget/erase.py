@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
 import sys
 import warnings
@@ -15,7 +13,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmforget.concept import ConceptKind, ConceptSpec, check_together
-from mmforget.errors import ConfigurationError, RequestError, suggest
+from mmforget.errors import ConfigurationError, RequestError
+from mmforget.method_names import check_settings, class_of, target_of
 
 if TYPE_CHECKING:
     from mmforget.methods.base import ForgettingMethod
@@ -31,6 +30,9 @@ METHODS: Mapping[str, str] = {
     "sld": "mmforget.methods.sld:SLD",
 }
 """Short name: ``module:class``. Any other `ConceptMethod` is given as a class or dotted path."""
+
+GIVEN = ("model", "concepts", "memorized", "copy", "seed")
+"""Arguments of every method, which are no settings."""
 
 STEPS = 200
 """Optimizer steps of the methods that train, unless the user says otherwise."""
@@ -216,24 +218,10 @@ def find_method(method: str | type[ForgettingMethod]) -> type[ConceptMethod]:
     """
     from mmforget.methods.text_guided import ConceptMethod
 
-    found: Any = method
-    if isinstance(method, str):
-        target = method_target(method)
-        module, _, name = target.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ModuleNotFoundError, AttributeError) as error:
-            if target in METHODS.values():
-                raise
-            raise ConfigurationError(
-                f"there is no class '{method}'; give module.Class, or one of "
-                + ", ".join(f"'{name}'" for name in METHODS)
-            ) from error
-    if not (isinstance(found, type) and issubclass(found, ConceptMethod)):
-        raise ConfigurationError(
-            f"`method` is {getattr(found, '__name__', found)}, which erases no concepts; "
-            + suggest(method, METHODS)
-        )
+    found: type[ConceptMethod] = class_of(
+        method, METHODS, method_target, lambda cls: issubclass(cls, ConceptMethod),
+        "which erases no concepts",
+    )  # fmt: skip
     return found
 
 
@@ -243,16 +231,7 @@ def method_target(name: str) -> str:
     Raises:
         ConfigurationError: no such method; names the nearest.
     """
-    classes = {target.partition(":")[2]: target for target in METHODS.values()}
-    if name in METHODS:
-        return METHODS[name]
-    if name in classes:
-        return classes[name]
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
-        choices = ["auto", *METHODS, *classes]
-        raise ConfigurationError(f"`method` is '{name}'; {suggest(name, choices)}")
-    return f"{module}:{attribute}"
+    return target_of(name, METHODS, others=["auto"])
 
 
 def automatic(generator: DiffusionGenerator, concepts: Sequence[ConceptSpec]) -> str:
@@ -264,24 +243,6 @@ def automatic(generator: DiffusionGenerator, concepts: Sequence[ConceptSpec]) ->
     if any(concept.kind == "unsafe" for concept in concepts) or generator.kind in ("sd3", "flux"):
         return "esd"
     return "uce"
-
-
-def check_settings(method: type[ForgettingMethod], settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the method does not have.
-
-    Raises:
-        ConfigurationError: names the nearest one.
-    """
-    known = [
-        name
-        for name in inspect.signature(method).parameters
-        if name not in ("model", "concepts", "memorized", "copy", "seed")
-    ]
-    for name in settings:
-        if name not in known:
-            raise ConfigurationError(
-                f"{method.__name__} has no setting '{name}'; {suggest(name, known)}"
-            )
 
 
 def run_erasure(
@@ -316,7 +277,7 @@ def run_erasure(
     check_together(concepts)
     cls = find_method(automatic(generator, concepts) if method == "auto" else method)
     settings = dict(settings or {})
-    check_settings(cls, settings)
+    check_settings(cls, settings, GIVEN)
     if steps is not None and cls.view is None:
         raise ConfigurationError(
             f"`steps` is {steps}, but {cls.__name__} does not train; leave it out"

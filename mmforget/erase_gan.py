@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmforget.concept import ConceptSpec, check_together
-from mmforget.errors import ConfigurationError, suggest
+from mmforget.errors import ConfigurationError
+from mmforget.method_names import check_settings, class_of, target_of
 
 if TYPE_CHECKING:
     from mmforget.methods.base import ForgettingMethod
@@ -80,18 +80,7 @@ def method_target(name: str) -> str:
     Raises:
         ConfigurationError: no such method; names the nearest.
     """
-    classes = {target.partition(":")[2]: target for target in METHODS.values()}
-    if name in METHODS:
-        return METHODS[name]
-    if name in classes:
-        return classes[name]
-    module, dot, attribute = name.rpartition(".")
-    if not dot:
-        raise ConfigurationError(
-            f"`method` is '{name}', which erases nothing from GANs; "
-            + suggest(name, [*METHODS, *classes])
-        )
-    return f"{module}:{attribute}"
+    return target_of(name, METHODS, ", which erases nothing from GANs")
 
 
 def find_method(method: str | type[ForgettingMethod]) -> type[ForgettingMethod]:
@@ -103,43 +92,12 @@ def find_method(method: str | type[ForgettingMethod]) -> type[ForgettingMethod]:
     from mmforget.methods.base import ForgettingMethod
     from mmforget.models.base import HasLatents
 
-    found: Any = method
-    if isinstance(method, str):
-        target = method_target(method)
-        module, _, name = target.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ModuleNotFoundError, AttributeError) as error:
-            if target in METHODS.values():
-                raise
-            raise ConfigurationError(
-                f"there is no class '{method}'; give module.Class, or one of "
-                + ", ".join(f"'{name}'" for name in METHODS)
-            ) from error
-    if not (
-        isinstance(found, type)
-        and issubclass(found, ForgettingMethod)
-        and HasLatents in found.requires
-    ):
-        raise ConfigurationError(
-            f"`method` is {getattr(found, '__name__', found)}, which erases nothing from GANs; "
-            + suggest(str(method), METHODS)
-        )
+    found: type[ForgettingMethod] = class_of(
+        method, METHODS, method_target,
+        lambda cls: issubclass(cls, ForgettingMethod) and HasLatents in cls.requires,
+        "which erases nothing from GANs",
+    )  # fmt: skip
     return found
-
-
-def check_settings(method: type[ForgettingMethod], settings: Mapping[str, Any]) -> None:
-    """Refuse settings that the method does not have.
-
-    Raises:
-        ConfigurationError: names the nearest one.
-    """
-    known = [name for name in inspect.signature(method).parameters if name not in GIVEN]
-    for name in settings:
-        if name not in known:
-            raise ConfigurationError(
-                f"{method.__name__} has no setting '{name}'; {suggest(name, known)}"
-            )
 
 
 def needs_guide(method: type[ForgettingMethod]) -> bool:
@@ -183,7 +141,7 @@ def run_gan_erasure(
 
     check_together(concepts)
     cls, settings = find_method(method), dict(settings or {})
-    check_settings(cls, settings)
+    check_settings(cls, settings, GIVEN)
     if steps is not None and cls.view is None:
         raise ConfigurationError(
             f"`steps` is {steps}, but {cls.__name__} does not train; leave it out"

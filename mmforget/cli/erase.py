@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmforget.cli.pipelines import (
-    MISSED,
     WORLD,
     check_dtype,
     load_pipeline,
@@ -17,11 +15,12 @@ from mmforget.cli.pipelines import (
     settings_of,
 )
 from mmforget.cli.requirements import Requirement, check
-from mmforget.cli.run_files import finish
+from mmforget.cli.run_files import announce, emptied_on_failure, finish
 from mmforget.cli.settings import Options
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.erase import as_concepts, method_target
 from mmforget.errors import ConfigurationError, suggest
+from mmforget.method_names import check_settings
 from mmforget.request import ForgetRequest, slug
 
 if TYPE_CHECKING:
@@ -247,14 +246,14 @@ def _run(
     settings: dict[str, Any],
     requirements: list[Requirement],
 ) -> int:
-    from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder
-    from mmforget.erase import automatic, check_settings, find_method, run_erasure
+    from mmforget.artifacts.run_folder import RunFolder
+    from mmforget.erase import GIVEN, automatic, find_method, run_erasure
     from mmforget.models.base import state_hash
 
     wanted = audit_settings(given)
     judge, clip = readers(given, concepts, wanted) if given.audit else (None, None)
     if given.method != "auto":
-        check_settings(find_method(given.method), settings)
+        check_settings(find_method(given.method), settings, GIVEN)
     original = load_pipeline(
         given.pipeline,
         given.device,
@@ -272,50 +271,27 @@ def _run(
     if not given.quiet:
         print(f"{find_method(method).__name__} on {given.pipeline}", file=sys.stderr)
     folder = RunFolder(given.run or f"runs/{name}", overwrite=given.overwrite)
-    with folder:
-        try:
-            base_hash = state_hash(original)
-            done = run_erasure(
-                original,
-                concepts,
-                method,
-                settings,
-                sequence=given.one_after_another,
-                steps=given.steps,
-                seed=given.seed,
-                copy=given.audit,  # the audit compares with the original
-                progress=not given.quiet,
-            )
-            results, missed = None, []
-            if given.audit:
-                results = measure(given, original, done, concepts, judge, clip, wanted, base_hash)
-                missed = check(results, requirements)
-            write(folder, given, done, requests, results, base_hash, settings)
-        except BaseException:
-            for entry in folder.work.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != LOCK_NAME:
-                    entry.unlink()
-            raise
-    if results is not None:
-        from mmforget.cli.summary import table
-
-        print(f"\n{table(results, columns_of(concepts, given))}\n\n{results.verdict.sentence}\n")
-        print(f"report:   {folder.path / 'report.html'}")
-    print(f"artifact: {folder.path / 'artifact'}")
-    if given.save:
-        shutil.copytree(folder.path / "artifact", given.save)
-        print(f"copy:     {given.save}")
-    if results is not None:
-        for text in missed:
-            print(f"mmforget: {text}", file=sys.stderr)
-        if not given.no_open and sys.stdout.isatty():
-            import webbrowser
-
-            webbrowser.open((folder.path / "report.html").as_uri())
-        return MISSED if missed else 0
-    return 0
+    with folder, emptied_on_failure(folder):
+        base_hash = state_hash(original)
+        done = run_erasure(
+            original,
+            concepts,
+            method,
+            settings,
+            sequence=given.one_after_another,
+            steps=given.steps,
+            seed=given.seed,
+            copy=given.audit,  # the audit compares with the original
+            progress=not given.quiet,
+        )
+        results, missed = None, []
+        if given.audit:
+            results = measure(given, original, done, concepts, judge, clip, wanted, base_hash)
+            missed = check(results, requirements)
+        write(folder, given, done, requests, results, base_hash, settings)
+    return announce(
+        folder, results, columns_of(concepts, given), missed, given.save, not given.no_open
+    )
 
 
 def requests_of(concepts: Sequence[ConceptSpec], sequence: bool) -> list[ForgetRequest]:

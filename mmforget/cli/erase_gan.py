@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmforget.cli.pipelines import MISSED, read_defaults, settings_of
+from mmforget.cli.pipelines import read_defaults, settings_of
 from mmforget.cli.requirements import OF_GANS, Requirement, check
-from mmforget.cli.run_files import finish
+from mmforget.cli.run_files import announce, emptied_on_failure, finish
 from mmforget.cli.settings import Options
 from mmforget.concept import ConceptSpec
 from mmforget.erase_gan import ADVERSARIAL, DEFAULT, SHIPPED, method_target
 from mmforget.errors import ConfigurationError, suggest
+from mmforget.method_names import check_settings
 from mmforget.request import ForgetRequest
 
 if TYPE_CHECKING:
@@ -207,13 +207,13 @@ def _run(
     settings: dict[str, Any],
     requirements: list[Requirement],
 ) -> int:
-    from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder
+    from mmforget.artifacts.run_folder import RunFolder
     from mmforget.audit.generator_attacks import check_attacks
-    from mmforget.erase_gan import check_settings, find_method, run_gan_erasure
+    from mmforget.erase_gan import GIVEN, find_method, run_gan_erasure
     from mmforget.models.base import state_hash
 
     cls = find_method(given.method)
-    check_settings(cls, settings)
+    check_settings(cls, settings, GIVEN)
     wanted = audit_settings(given)
     original = load(given)
     guide, judge = readers(given, concepts)
@@ -225,52 +225,31 @@ def _run(
         print(f"{cls.__name__} on {given.generator}", file=sys.stderr)
     name = f"{given.method.rpartition('.')[2]}-{request.name}"
     folder = RunFolder(given.run or f"runs/{name}", overwrite=given.overwrite)
-    with folder:
-        try:
-            base_hash = state_hash(original)
-            done = run_gan_erasure(
-                original, concepts, given.method, guide, alternatives, settings, given.steps,
-                given.seed, copy=True, progress=not given.quiet,
-            )  # fmt: skip
-            results, missed = None, []
-            if given.audit:
-                results = measure(
-                    given,
-                    original,
-                    done,
-                    concepts,
-                    judge,
-                    guide,
-                    alternatives,
-                    wanted,
-                    real,
-                    base_hash,
-                )
-                missed = check(results, requirements)
-            write(folder, given, done, request, results, base_hash, settings)
-        except BaseException:
-            for entry in folder.work.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != LOCK_NAME:
-                    entry.unlink()
-            raise
-    if results is not None:
-        from mmforget.cli.summary import table
-
-        print(f"\n{table(results, columns_of(concepts, given))}\n\n{results.verdict.sentence}\n")
-        print(f"report:   {folder.path / 'report.html'}")
-    print(f"artifact: {folder.path / 'artifact'}")
-    if given.save:
-        shutil.copytree(folder.path / "artifact", given.save)
-        print(f"copy:     {given.save}")
-    for text in missed:
-        print(f"mmforget: {text}", file=sys.stderr)
-    if results is not None and not given.no_open and sys.stdout.isatty():
-        import webbrowser
-
-        webbrowser.open((folder.path / "report.html").as_uri())
-    return MISSED if missed else 0
+    with folder, emptied_on_failure(folder):
+        base_hash = state_hash(original)
+        done = run_gan_erasure(
+            original, concepts, given.method, guide, alternatives, settings, given.steps,
+            given.seed, copy=True, progress=not given.quiet,
+        )  # fmt: skip
+        results, missed = None, []
+        if given.audit:
+            results = measure(
+                given,
+                original,
+                done,
+                concepts,
+                judge,
+                guide,
+                alternatives,
+                wanted,
+                real,
+                base_hash,
+            )
+            missed = check(results, requirements)
+        write(folder, given, done, request, results, base_hash, settings)
+    return announce(
+        folder, results, columns_of(concepts, given), missed, given.save, not given.no_open
+    )
 
 
 def load(given: Namespace) -> ImageGAN:

@@ -1,9 +1,14 @@
-"""The files that every run on a text-to-image pipeline leaves behind, and its ledger entry."""
+"""What every run on a generator leaves behind: its files, its ledger entry, its last words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from mmforget.cli.pipelines import MISSED
 
 if TYPE_CHECKING:
     from mmforget.artifacts.run_folder import RunFolder
@@ -62,3 +67,58 @@ def finish(
         facts["manifest"] = manifest_hash(artifact)
     verdict = results.verdict.outcome if results else "not audited"
     book.append(facts | {"requests": asked, **entry, "verdict": verdict})
+
+
+@contextmanager
+def emptied_on_failure(folder: RunFolder) -> Iterator[None]:
+    """Leave nothing half-written in a run folder that is open."""
+    from mmforget.artifacts.run_folder import LOCK_NAME
+
+    try:
+        yield
+    except BaseException:
+        for entry in folder.work.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK_NAME:
+                entry.unlink()
+        raise
+
+
+def announce(
+    folder: RunFolder,
+    results: Results | None,
+    columns: Sequence[tuple[str, str, str]],
+    missed: Sequence[str],
+    save: str | None,
+    show: bool,
+) -> int:
+    """Print what came out and where it lies.
+
+    Args:
+        folder: committed.
+        results: None if nothing was measured.
+        columns: of the table, see `mmforget.cli.summary.table`.
+        missed: requirements that do not hold.
+        save: where a copy of the artifact goes.
+        show: open the report, if somebody sits at the terminal.
+
+    Returns:
+        Exit code.
+    """
+    if results is not None:
+        from mmforget.cli.summary import table
+
+        print(f"\n{table(results, columns)}\n\n{results.verdict.sentence}\n")
+        print(f"report:   {folder.path / 'report.html'}")
+    print(f"artifact: {folder.path / 'artifact'}")
+    if save:
+        shutil.copytree(folder.path / "artifact", save)
+        print(f"copy:     {save}")
+    for text in missed:
+        print(f"mmforget: {text}", file=sys.stderr)
+    if results is not None and show and sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open((folder.path / "report.html").as_uri())
+    return MISSED if missed else 0

@@ -115,12 +115,13 @@ def _run(
     from mmforget.audit.memorization import audit_memorization
     from mmforget.audit.results import ModelEntry
     from mmforget.audit.scene import AuditedModel
-    from mmforget.erase import check_settings
+    from mmforget.erase import GIVEN
+    from mmforget.method_names import check_settings
     from mmforget.models.base import state_hash
 
     wanted = common.audit_settings(given, given.attack)
     cls = common.find_class(given.method, LOCATORS, "--method")
-    check_settings(cls, settings)
+    check_settings(cls, settings, GIVEN)
     similarity = common.load_similarity_of(given)
     original = common.load_model(given)
     original.require_full_precision("the audit")

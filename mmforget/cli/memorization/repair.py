@@ -131,13 +131,14 @@ def _run(given: Namespace, settings: dict[str, Any], requirements: list[Any]) ->
     from mmforget.audit.memorization import audit_memorization
     from mmforget.audit.results import ModelEntry
     from mmforget.audit.scene import AuditedModel
-    from mmforget.erase import check_settings, run_method
+    from mmforget.erase import GIVEN, run_method
+    from mmforget.method_names import check_settings
     from mmforget.models.base import state_hash
     from mmforget.models.weight_mask import WeightMask
 
     wanted = common.audit_settings(given, given.attack)
     cls = common.find_class(given.method, REPAIRS, "--method")
-    check_settings(cls, settings)
+    check_settings(cls, settings, GIVEN)
     mask = WeightMask.load(given.mask) if given.mask else None
     similarity = common.load_similarity_of(given)
     original = common.load_model(given, given.against)
