@@ -30,7 +30,7 @@ CLIP = {
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64},
     "text_cfg": {"context_length": 16, "width": 64, "heads": 4, "layers": 1},
 }
-EPOCHS, BATCH, PICTURES, STEPS = 4, 64, 2000, 300
+EPOCHS, BATCH, PICTURES, STEPS = 3, 64, 2000, 300
 
 
 class Reader(nn.Module):

@@ -59,6 +59,7 @@ class AnchorDistillation(GeneratorMethod):
         anchor_steps: of Adam for the anchors.
         anchor_lr: of that Adam, in units of the latent.
         mapper_steps: of the mappers; 0 leaves edits out.
+        mapper_tries: trainings of a mapper until it elicits the concept, at most.
         ascent: length of a step of the adversarial latents; their norm is kept.
 
     Raises:
@@ -89,6 +90,7 @@ class AnchorDistillation(GeneratorMethod):
         anchor_steps: int = 15,
         anchor_lr: float = 0.15,
         mapper_steps: int = 200,
+        mapper_tries: int = 5,
         ascent: float = 0.5,
     ) -> None:
         at_least_one(anchor_steps=anchor_steps)
@@ -103,7 +105,7 @@ class AnchorDistillation(GeneratorMethod):
         )  # fmt: skip
         self.adversarial = adversarial
         self.anchor_steps, self.anchor_lr, self.ascent = anchor_steps, anchor_lr, ascent
-        self.mapper_steps = mapper_steps
+        self.mapper_steps, self.mapper_tries = mapper_steps, mapper_tries
         self.mapper_reports: list[MapperReport] = []
         self.anchors: dict[str, float] = {}
 
@@ -136,8 +138,8 @@ class AnchorDistillation(GeneratorMethod):
         parts, numbers = [latents], [ids]
         for number in range(len(self.concepts) if self.mapper_steps else 0):
             mapper, _, report = train_mapper(
-                self.original, self.guide, number, steps=self.mapper_steps, seed=self.seed,
-                space="z", purpose=f"mapper-{number}",
+                self.original, self.guide, number, steps=self.mapper_steps,
+                tries=self.mapper_tries, seed=self.seed, space="z", purpose=f"mapper-{number}",
             )  # fmt: skip
             self.mapper_reports.append(report)
             self.spend(forget=report.tries * report.steps * 64)

@@ -44,6 +44,7 @@ class ClipDirection(GeneratorMethod):
             that a latent mapper makes when it elicits the concept.
         kappa: margin in logits, see above; infinity pushes until the end.
         mapper_steps: of the mapper.
+        mapper_tries: trainings of a mapper until it elicits the concept, at most.
 
     Raises:
         ConfigurationError: a setting out of range.
@@ -75,6 +76,7 @@ class ClipDirection(GeneratorMethod):
         reference: Reference = "text",
         kappa: float = 3.0,
         mapper_steps: int = 200,
+        mapper_tries: int = 5,
     ) -> None:
         if reference not in get_args(Reference):
             raise ConfigurationError(
@@ -89,7 +91,8 @@ class ClipDirection(GeneratorMethod):
             pool, bearing, clear, retain, retain_weight, train_layers, clip,
         )  # fmt: skip
         self.reference: Reference = reference
-        self.kappa, self.mapper_steps = kappa, mapper_steps
+        self.kappa = kappa
+        self.mapper_steps, self.mapper_tries = mapper_steps, mapper_tries
         self._directions = torch.zeros(0)
         self.mapper_reports: list[MapperReport] = []
 
@@ -101,8 +104,8 @@ class ClipDirection(GeneratorMethod):
         found = []
         for number in range(len(self.concepts)):
             _, elicited, report = train_mapper(
-                self.original, self.guide, number, steps=self.mapper_steps, seed=self.seed,
-                space="z", purpose=f"mapper-{number}",
+                self.original, self.guide, number, steps=self.mapper_steps,
+                tries=self.mapper_tries, seed=self.seed, space="z", purpose=f"mapper-{number}",
             )  # fmt: skip
             found.append(-elicited)
             self.mapper_reports.append(report)
