@@ -7,8 +7,8 @@ r"""Text-to-Unlearn, with the settings of the digit world, on a generator of CIF
 
 Trains two readers of its own, kept in the work folder: a small CLIP model on the classes' names,
 which guides, and a classifier on the other half of the pictures, which judges. Neither has seen a
-picture that the other was trained on. The method reads the name of the class and nothing else; that
-the generator is conditional is not used. Writes `results/gan_cifar10.md` and a picture.
+picture that the other was trained on. The method reads the name of the class and nothing else.
+Writes `results/gan_cifar10.md` and a picture.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_wo
 STEPS, BATCH, VARIANTS = 5000, 64, 24
 MODELS: dict[str, dict[str, Any]] = {
     "gan": {"seed": 0, "forget": None},
-    "gan_conditional": {"seed": 0, "forget": None, "steps": 4500},
+    "gan_conditional": {"seed": 0, "forget": None, "steps": 3000},
     "gan_without_seven": {"seed": 0, "forget": ("digit", "seven")},
     "gan_without_red": {"seed": 0, "forget": ("ink", "red")},
 }

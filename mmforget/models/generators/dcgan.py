@@ -43,7 +43,7 @@ class ConditionalBatchNorm(nn.Module):
 class DCGAN(nn.Module):
     """Latent to 4x4 map, transposed convolutions that double the side, a convolution, tanh.
 
-    A class adds to the first map, and every batch normalisation is conditional.
+    With classes, every batch normalisation is conditional; nothing else sees the class.
 
     Args:
         latent_size: numbers in a latent.
@@ -80,8 +80,6 @@ class DCGAN(nn.Module):
         self.latent_size, self.num_classes = latent_size, num_classes
         self.resolution = START * 2 ** (len(channels) - 1)
         self.first = nn.Linear(latent_size, channels[0] * START**2)
-        if num_classes:
-            self.classes = nn.Embedding(num_classes, channels[0] * START**2)
         self.norms = nn.ModuleList(
             ConditionalBatchNorm(width, num_classes, eps)
             if num_classes
@@ -104,10 +102,7 @@ class DCGAN(nn.Module):
         Returns:
             (B, image_channels, side, side) in [-1, 1].
         """
-        start = self.first(latents)
-        if self.num_classes:
-            start = start + self.classes(labels)
-        maps = self._normal(0, start.unflatten(1, (-1, START, START)), labels)
+        maps = self._normal(0, self.first(latents).unflatten(1, (-1, START, START)), labels)
         for number, up in enumerate(self.ups, start=1):
             maps = self._normal(number, up(maps), labels)
         return torch.tanh(self.to_image(maps))
@@ -119,7 +114,7 @@ class DCGAN(nn.Module):
     def layer_groups(self) -> dict[str, list[str]]:
         """Parameters of the first layer, of each doubling, and of the step to the picture."""
         names = [name for name, _ in self.named_parameters()]
-        prefixes: dict[str, tuple[str, ...]] = {"first": ("first.", "classes.", "norms.0.")}
+        prefixes: dict[str, tuple[str, ...]] = {"first": ("first.", "norms.0.")}
         for number in range(len(self.ups)):
             prefixes[f"block.{number}"] = (f"ups.{number}.", f"norms.{number + 1}.")
         prefixes["to_image"] = ("to_image.",)

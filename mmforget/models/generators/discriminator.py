@@ -55,9 +55,7 @@ class ProjectionDiscriminator(nn.Module):
         self.num_features = channels[-1] * side**2
         self.last = spectral_norm(nn.Linear(self.num_features, 1))
         if num_classes:
-            # Not normalised: a small network else hardly minds the class.
-            self.classes = nn.Embedding(num_classes, self.num_features)
-            nn.init.normal_(self.classes.weight, std=self.num_features**-0.5)
+            self.classes = spectral_norm(nn.Embedding(num_classes, self.num_features))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return (B,) scores of images (B, C, H, W) in [-1, 1]; higher is more like real ones."""
