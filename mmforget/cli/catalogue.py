@@ -20,7 +20,8 @@ class Entry:
         paper: where it was published, empty for our own.
         capabilities: what a method needs of a model, or what a model offers.
         reads: the retain data that a method reads, its `DataAccess.retain`.
-        samples: what the samples of a model's data sets carry, ``labels`` or ``captions``.
+        samples: what the samples of a model's data sets carry, ``labels`` or ``captions``; empty
+            where methods read none.
     """
 
     target: str
@@ -56,6 +57,7 @@ MODELS = (
         "mmforget.models.gan:ImageGAN",
         "generators of GANs: ours, StyleGAN2 and 3, BigGAN, or any network of yours",
         capabilities=("Sites", "Generates", "HasLatents"),
+        samples="",
     ),
     Entry(
         "mmforget.models.clip:ClipModel",

@@ -130,6 +130,20 @@ class GeneratorMethod(GradientMethod):
         self._original = (model if self.copied else detached_copy(model),)
         self.records: dict[str, LatentRecords] = {}
         self.prevalence: dict[str, float] = {}
+        self._warn_of_size()
+
+    def _warn_of_size(self) -> None:
+        """Say so where the guide gets pictures that are far smaller than what it was trained on."""
+        side = max(getattr(self.model, "resolution", (0,)))
+        for clip in self._guide[0].clips if self._guide else ():
+            size = clip.preprocess["size"]
+            wanted = size if isinstance(size, int) else max(size)
+            if 0 < side < wanted / 2:
+                logger.warning(
+                    "the generator draws pictures of %d pixels, which the guide sees enlarged to "
+                    "%d; read `prevalence` and the audit's agreement of guide and judge", side,
+                    wanted,
+                )  # fmt: skip
 
     # ---- for subclasses -------------------------------------------------------------------------
 

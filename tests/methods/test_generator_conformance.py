@@ -46,10 +46,10 @@ MECHANICS = [name for name in Checks.names() if name != "effect"]
 
 
 def cases():
-    """All rows and checks; the quick tier has two methods, without forked processes."""
+    """All rows and checks; the quick tier has one method that trains and one that does not."""
     for row in ROWS:
         for check in MECHANICS:
-            quick = row in ("ClipDirection", "UnitAblation") and check != "processes"
+            quick = row == "TextToUnlearn" or (row == "UnitAblation" and check != "processes")
             marks = [] if quick or check == "capabilities" else [pytest.mark.slow]
             yield pytest.param(row, check, marks=marks, id=f"{row}-{check}")
 

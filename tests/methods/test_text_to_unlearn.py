@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -211,6 +212,17 @@ def test_a_concept_that_is_everything_is_refused(gan: ImageGAN, clip: ClipModel)
     )
     with pytest.raises(RequestError, match=r"nothing to keep|too few to keep"):
         run_method(method, 1, progress=False)
+
+
+def test_a_guide_that_sees_enlarged_pictures_is_warned_of(
+    gan: ImageGAN, clip: ClipModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    method_for(gan, clip)
+    assert "enlarged" not in caplog.text
+    large = copy.deepcopy(clip)
+    large.preprocess["size"] = 224
+    method_for(gan, large)
+    assert "pictures of 32 pixels, which the guide sees enlarged to 224" in caplog.text
 
 
 def test_a_collapsed_generator_is_refused(clip: ClipModel) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from mmforget import DigitWorld, ImageGAN, load_gan
@@ -70,6 +70,18 @@ class Styled(nn.Module):
 
     def mean_style(self) -> Tensor:
         return torch.zeros(3)
+
+
+class StopAndSave(Callback):
+    """Ends a training after its first epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
 
 
 @pytest.fixture
@@ -346,6 +358,24 @@ def test_training_is_the_same_for_the_same_seed(
     assert state_hash(trained(quiet_trainer, tiny_data)) == state_hash(
         trained(quiet_trainer, tiny_data)
     )
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(
+    quiet_trainer: Callable[..., Trainer], tiny_data: DigitWorld, tmp_path: Path
+) -> None:
+    def new() -> ImageGAN:
+        made = ImageGAN("dcgan", network_args=dict(TINY), discriminator={"channels": (8, 8, 8)})
+        return made.fresh(0)
+
+    whole, first, second = new(), new(), new()
+    quiet_trainer(max_epochs=2).fit(whole, tiny_data)
+    # The learning rate follows the whole length, so the first half is stopped from outside.
+    trainer = quiet_trainer(max_epochs=2, callbacks=[StopAndSave(tmp_path / "half.ckpt")])
+    trainer.fit(first, tiny_data)
+    quiet_trainer(max_epochs=2).fit(
+        second, tiny_data, ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    assert state_hash(second) == state_hash(whole)
 
 
 def test_data_of_another_size_is_refused(
