@@ -131,12 +131,19 @@ def _finding(scene: GANScene, rows: Rows, model: str, recoveries: Sequence[Recov
 
 
 def _gone(scene: GANScene, rows: Rows, model: str, target: str) -> Check:
-    row, limit = rows.get("native_rate", model, f"native/{target}"), scene.settings.max_rate
+    split = f"native/{target}"
+    row, limit = rows.get("native_rate", model, split), scene.settings.max_rate
     value = None if row is None else row.value
     text = (
         f"seen in {percent(value)} of {0 if row is None else row.n} pictures, accepted at most "
         f"{percent(limit)}"
     )
+    # Strokes recombine: what a generator draws that never saw it is no memory.
+    rates = [rows.value("native_rate", one.entry.name, split) for one in scene.by_role("retrained")]
+    reference = max((rate for rate in rates if rate is not None), default=0.0)
+    if reference > limit:
+        text += f", or {percent(reference)} as in a generator that was trained without it"
+        limit = reference
     return Check(f"erased: “{target}” [{model}]", None if value is None else value <= limit, text)
 
 

@@ -56,7 +56,8 @@ class GANAuditSettings:
         batch_size: pictures at a time.
         edits: latents that are edited towards each concept, at most; 0 leaves this out.
         mapper_steps: training of the mapper that edits, on the original.
-        max_rate: share of pictures that may still show a concept.
+        max_rate: share of pictures that may still show a concept; if a retrained generator draws it
+            more often, its rate.
         min_kept_ratio: rate of every other value over that of the original, both without the
             concept.
         min_kept_share: share of pictures without the concept that must stay what they were.
