@@ -136,7 +136,7 @@ class GeneratorMethod(GradientMethod):
         """Say so where the guide gets pictures that are far smaller than what it was trained on."""
         side = max(getattr(self.model, "resolution", (0,)))
         for clip in self._guide[0].clips if self._guide else ():
-            size = clip.preprocess["size"]
+            size = getattr(clip, "preprocess", {}).get("size", 0)  # unknown for encoders of users
             wanted = size if isinstance(size, int) else max(size)
             if 0 < side < wanted / 2:
                 logger.warning(
