@@ -117,6 +117,7 @@ def test_edits_are_pushed_back_to_the_unedited_picture(gan: ImageGAN, clip: Clip
     assert report["tries"] == 1 and report["steps"] == 5
 
 
+@pytest.mark.slow
 def test_several_concepts_are_erased_at_once(gan: ImageGAN, clip: ClipModel) -> None:
     concepts = [ConceptSpec("seven"), ConceptSpec("red")]
     alternatives = {"seven": OTHERS, "red": OTHER_INKS}
@@ -130,6 +131,7 @@ def test_several_concepts_are_erased_at_once(gan: ImageGAN, clip: ClipModel) -> 
         assert after < 0.6 * before, factor
 
 
+@pytest.mark.slow
 def test_the_published_objective_blocks_the_edit_and_leaves_the_concept(
     gan: ImageGAN, clip: ClipModel
 ) -> None:
