@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ROUNDS, STEPS = 25, 4
+ROUNDS, STEPS = 9, 2
 
 
 def seconds(action: Callable[[], None]) -> float:
