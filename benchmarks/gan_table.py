@@ -2,6 +2,7 @@
 
     python benchmarks/gan_table.py                       # everything, two processes
     python benchmarks/gan_table.py --part seven --seeds 0
+    python benchmarks/gan_table.py --part readers        # how far judge and guide can be trusted
     python benchmarks/gan_table.py --render              # only write the table again
 
 Every figure is one of the audit that `mmforget erase gan` runs (`mmforget.audit.generators`): 2,000
@@ -9,8 +10,10 @@ pictures at the same latents for all models, read by the shipped judge, which ha
 methods; they follow the shipped CLIP model. The seed decides all draws of a method and its audit;
 there is one generator of each kind. The retrained references were trained by the same script
 without the concept. Everything but the method itself, and the conditional generator, is run with
-seed 0 only, baselines with their default settings and on the digit. Finished parts are kept in the
-work folder, so that a stopped run goes on.
+seed 0 only, baselines with their default settings and on the digit. The part ``readers`` trains
+nothing: it asks the judge about pictures that were shifted, the guide about the judge's sevens, and
+both generators what they were meant to draw. Finished parts are kept in the work folder, so that a
+stopped run goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).resolve().parents[1] / "mmforget" / "assets" / "digit_world"
 SEEDS = (0, 1, 2)
 ATTACKS = ("latent_search", "mapper")
+READERS = "readers"
+SHIFT, PICTURES = 2, 2000
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,62 @@ def measure(part: str, seed: int, work: Path) -> None:
     (work / f"{part}-{seed}.json").write_text(json.dumps(content))
 
 
+# ---- the readers ---------------------------------------------------------------------------------
+
+
+def measure_readers(seed: int, work: Path) -> None:
+    """How far the judge, the guide and the conditional generator keep their word, at one seed."""
+    import torch
+
+    from mmforget import ConceptSpec, load_clip, load_gan, load_judge
+    from mmforget.audit.generators import PURPOSE
+    from mmforget.cli.erase_gan import real_pictures
+    from mmforget.models.concept_guide import ConceptGuide
+
+    torch.set_num_threads(1)
+    judge, word = load_judge(), "seven"
+    digits = list(judge.factors["digit"])
+    guide = ConceptGuide(
+        load_clip("digit_world"), [ConceptSpec(word)], {word: [d for d in digits if d != word]}
+    )
+    model, conditional = load_gan("gan"), load_gan("gan_conditional")
+    latents = conditional.draw(PICTURES, seed, purpose=PURPOSE)
+    with torch.no_grad():
+        own = model.pictures(model.draw(PICTURES, seed, purpose=PURPOSE))
+        sevens = own[judge(own)["digit"].argmax(1) == digits.index(word)]
+        certain = guide.probabilities(sevens)[:, 0] > 0.5
+        shown = judge(conditional.pictures(latents))["digit"].argmax(1)
+    real = real_pictures()
+    content = {
+        "drawings": len(real),
+        "shifted": changed_by_shift(judge, own),
+        "shifted_real": changed_by_shift(judge, real),
+        "guide_recall": float(certain.double().mean()),
+        "obeyed": float((shown == latents.labels).double().mean()),
+    }
+    print(f"{READERS} {seed} {content}", flush=True)
+    (work / f"{READERS}-{seed}.json").write_text(json.dumps(content))
+
+
+def changed_by_shift(judge: Any, pictures: Any) -> float:
+    """Share whose digit the judge reads differently, mean over the eight shifts by two pixels."""
+    import torch
+    from torch.nn.functional import pad
+
+    side = pictures.shape[-1]
+    wide = pad(pictures, [SHIFT] * 4, mode="replicate")
+    starts = (0, SHIFT, 2 * SHIFT)
+    with torch.no_grad():
+        before = judge(pictures)["digit"].argmax(1)
+        shares = [
+            (judge(wide[..., top : top + side, left : left + side])["digit"].argmax(1) != before)
+            for top in starts
+            for left in starts
+            if (top, left) != (SHIFT, SHIFT)
+        ]
+    return float(torch.stack(shares).double().mean())
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 COLUMNS = (
@@ -177,6 +238,33 @@ def cell(values: Sequence[float | None], scale: float) -> str:
     return (
         text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
     )
+
+
+READERS_ROWS = (
+    ("shifted", "pictures in which the judge reads another digit under the shift"),
+    ("shifted_real", "the same for {drawings:,} drawings of the test strokes"),
+    ("guide_recall", "of the judge's sevens, those that are sevens to the guide too (P > 0.5)"),
+    ("obeyed", "of the conditional generator's, those in which the judge reads their class"),
+)
+
+
+def readers_lines(work: Path) -> list[str]:
+    files = [work / f"{READERS}-{seed}.json" for seed in SEEDS]
+    found = [json.loads(file.read_text()) for file in files if file.is_file()]
+    if not found:
+        return []
+    rows = [
+        f"| {what.format(**found[0])} | {len(found)} | {cell([one[key] for one in found], 100)} |"
+        for key, what in READERS_ROWS
+    ]
+    return [
+        "## The readers themselves", "",
+        "`python benchmarks/gan_table.py --part readers`. Per cent of "
+        f"{PICTURES:,} pictures that a generator draws, or of what the row names. The shift moves "
+        f"a picture by {SHIFT} pixels along one axis or both and repeats its border; mean over the "
+        "eight of them.", "",
+        "| | seeds | per cent |", "|---|---|---|", *rows, "",
+    ]  # fmt: skip
 
 
 def render(work: Path) -> None:
@@ -235,6 +323,7 @@ def render(work: Path) -> None:
         for seed, one in found.items():
             for what, why in one["refused"].items():
                 lines += [f"Refused (seed {seed}): {what}: {why}", ""]
+    lines += readers_lines(work)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "gan_table.md").write_text("\n".join(lines), encoding="utf-8")
     print(RESULTS / "gan_table.md")
@@ -256,7 +345,7 @@ def kept_rates(found: dict[int, Any], name: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--part", choices=[*PARTS, READERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--work", type=Path, default=Path("runs/gan-table"))
     parser.add_argument("--render", action="store_true")
@@ -265,13 +354,16 @@ def main() -> None:
     if given.part:
         for seed in given.seeds:
             if not (given.work / f"{given.part}-{seed}.json").is_file():
-                measure(given.part, seed, given.work)
+                if given.part == READERS:
+                    measure_readers(seed, given.work)
+                else:
+                    measure(given.part, seed, given.work)
     elif not given.render:
         base = [sys.executable, __file__, "--work", str(given.work)]
         queue = [
             (part, seed)
             for seed in given.seeds
-            for part in PARTS
+            for part in (*PARTS, READERS)
             if seed == 0 or part != "conditional"
         ]
         running: list[subprocess.Popen[bytes]] = []

@@ -162,7 +162,7 @@ def _as_gan(source: Any) -> Any:
     if isinstance(source, str | Path):
         if not is_gan(source):
             return None
-        from mmforget.models.gan import load_gan
+        from mmforget.models.gan_files import load_gan
 
         return load_gan(source)
     from mmforget.models.gan import ImageGAN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from mmforget.attacks.generator_report import (
     judge_logits,
 )
 from mmforget.attacks.latent_search import latent_search
-from mmforget.attacks.mapper_attack import mapper_attack
+from mmforget.attacks.mapper_attack import mapper_attacks
 from mmforget.attacks.prompt_boundary import prompt_boundary
 from mmforget.attacks.report import JudgeFn
 from mmforget.audit.concept_attacks import sees_all
@@ -56,6 +56,8 @@ class Case:
         confirm: (B,) bool of the other one, which is not followed.
         images: real pictures of it, (n, 3, H, W) in [0, 1]; maybe none.
         rate: how often the original draws it.
+        mapped: what the mapper attacks found in a model, free and on the shell: their rows share
+            one training.
     """
 
     word: str
@@ -65,6 +67,9 @@ class Case:
     confirm: JudgeFn
     images: Tensor | None
     rate: float
+    mapped: dict[ImageGAN, tuple[GeneratorAttackReport, GeneratorAttackReport]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,13 @@ def _search(scene: GANScene, model: ImageGAN, case: Case) -> GeneratorAttackRepo
 def _mapper(
     scene: GANScene, model: ImageGAN, case: Case, on_shell: bool = False
 ) -> GeneratorAttackReport:
-    return mapper_attack(
-        model, case.guide, case.judged, n=scene.settings.attack_trials, on_shell=on_shell,
-        seed=scene.settings.seed,
-    )  # fmt: skip
+    if model not in case.mapped:
+        case.mapped[model] = mapper_attacks(
+            model, case.guide, case.judged, n=scene.settings.attack_trials,
+            seed=scene.settings.seed,
+        )  # fmt: skip
+    free, kept = case.mapped[model]
+    return kept if on_shell else free
 
 
 def _boundary(scene: GANScene, model: ImageGAN, case: Case) -> GeneratorAttackReport:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -33,14 +34,17 @@ def measure(scene: GANScene, rows: Rows) -> None:
 
     first = scene.original.entry.name
     features = _features(scene)
+    # Every model is compared with the same pictures.
+    before = cache(lambda: features(scene.of(first, scene.free(first))))
+    real = cache(lambda: features(scene.real))
     for one in scene.models:
         name = one.entry.name
         _rates(scene, rows, name)
         _quality(scene, rows, name)
         if name != first:
-            _sets(scene, rows, name, features)
-        elif scene.real is not None:
-            rows.add("kid_to_real", name, "native", partial(_to_real, scene, features, name))
+            _sets(scene, rows, name, features, before)
+        if scene.real is not None:
+            rows.add("kid_to_real", name, "native", partial(_to_real, scene, features, real, name))
         aligned = one.entry.role in ("original", "unlearned") and not is_filter(one)
         if aligned:
             _same_latents(scene, rows, name, features)
@@ -134,19 +138,18 @@ def _features(scene: GANScene) -> Any:
     return FeatureNetwork(thumbnails, f"pixels of {THUMBNAIL}x{THUMBNAIL} thumbnails")
 
 
-def _sets(scene: GANScene, rows: Rows, name: str, features: Any) -> None:
+def _sets(
+    scene: GANScene, rows: Rows, name: str, features: Any, before: Callable[[], Tensor]
+) -> None:
     """Pictures without the concepts against those of the original, as sets."""
     from mmforget.metrics.distribution import frechet_distance, kernel_distance
 
     first = scene.original.entry.name
     kept, own = scene.free(first), scene.free(name)
-    known: dict[str, Tensor] = {}
 
+    @cache
     def both() -> tuple[Tensor, Tensor]:
-        for key, model, mask in (("first", first, kept), ("own", name, own)):
-            if key not in known:
-                known[key] = features(scene.of(model, mask))
-        return known["first"], known["own"]
+        return before(), features(scene.of(name, own))
 
     def enough() -> bool:
         return min(int(kept.sum()), int(own.sum())) >= 2
@@ -174,22 +177,21 @@ def _sets(scene: GANScene, rows: Rows, name: str, features: Any) -> None:
         _coverage(rows, name, both)
     for factor in scene.judge.factors:
         rows.add("mass_shift", name, f"clear/{factor}", partial(_shift, scene, name, factor))
-    if scene.real is not None:
-        rows.add("kid_to_real", name, "native", partial(_to_real, scene, features, name))
 
 
-def _coverage(rows: Rows, name: str, both: Any) -> None:
+def _coverage(rows: Rows, name: str, both: Callable[[], tuple[Tensor, Tensor]]) -> None:
     from mmforget.metrics.coverage import density_coverage, precision_recall
 
     for metrics, compute in (
         (("precision", "recall"), precision_recall),
         (("density", "coverage"), density_coverage),
     ):
+        pair = cache(lambda c=compute: c(*both()))
         for place, metric in enumerate(metrics):
             rows.add(
                 metric, name, "clear",
-                lambda c=compute, p=place: Measured(  # type: ignore[misc]
-                    float(c(*both())[p]), n=len(both()[1])
+                lambda p=place, v=pair: Measured(  # type: ignore[misc]
+                    float(v()[p]), n=len(both()[1])
                 ),
             )  # fmt: skip
 
@@ -211,12 +213,11 @@ def _shift(scene: GANScene, name: str, factor: str) -> Measured:
     return Measured(value, n=int(scene.free(name).sum()), details={"changes": shown})
 
 
-def _to_real(scene: GANScene, features: Any, name: str) -> Measured:
+def _to_real(scene: GANScene, features: Any, real: Callable[[], Tensor], name: str) -> Measured:
     from mmforget.metrics.distribution import kernel_distance
 
-    assert scene.real is not None
-    value = kernel_distance(features(scene.real), features(scene.of(name)))
-    return Measured(float(value), n=len(scene.pictures[name]), details={"real": len(scene.real)})
+    value = kernel_distance(real(), features(scene.of(name)))
+    return Measured(float(value), n=len(scene.pictures[name]), details={"real": len(real())})
 
 
 # ---- at the same latents -------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from mmforget.cli.pipelines import (
     read_defaults,
     settings_of,
 )
-from mmforget.cli.requirements import Requirement, check
-from mmforget.cli.run_files import announce, emptied_on_failure, finish
+from mmforget.cli.requirements import Requirement, check, requirements_of
+from mmforget.cli.run_files import announce, check_formats, emptied_on_failure, write_erasure
 from mmforget.cli.settings import Options
 from mmforget.concept import ConceptSpec, check_together
 from mmforget.erase import as_concepts, method_target
-from mmforget.errors import ConfigurationError, suggest
+from mmforget.errors import ConfigurationError
 from mmforget.method_names import check_settings
 from mmforget.request import ForgetRequest, slug
 
@@ -135,7 +135,7 @@ def run(args: list[str]) -> int:
     concepts = concepts_of(given)
     settings = settings_of(given.set)
     requirements = requirements_of(given)
-    check_formats(given)
+    check_saving(given)
     if given.method != "auto":
         method_target(given.method)
     return _run(given, concepts, settings, requirements)
@@ -206,35 +206,17 @@ def concepts_of(given: Namespace) -> tuple[ConceptSpec, ...]:
     return concepts
 
 
-def requirements_of(given: Namespace) -> list[Requirement]:
-    """The conditions of the command line.
-
-    Raises:
-        ConfigurationError: a condition that nothing will be measured for.
-    """
-    found = [Requirement.parse(text) for text in given.require]
-    if found and not given.audit:
-        raise ConfigurationError("`--require` needs the audit; leave out `--no-audit`")
-    if any(one.name == "attacks" for one in found) and not given.attack:
-        raise ConfigurationError("`--require attacks` needs an attack; add `--attack NAME`")
-    return found
-
-
-def check_formats(given: Namespace) -> None:
+def check_saving(given: Namespace) -> None:
     """Refuse formats that do not exist, or a rank without use.
 
     Raises:
         ConfigurationError: see above.
     """
-    for name in given.format:
-        if name not in FORMATS:
-            raise ConfigurationError(f"`--format` is '{name}', {suggest(name, FORMATS)}")
+    check_formats(given, FORMATS)
     if given.rank is not None and not {"lora", "kohya"} & set(given.format):
         raise ConfigurationError(
             "`--rank` belongs to `--format lora` or `--format kohya`; add one of them"
         )
-    if given.save and Path(given.save).exists():
-        raise ConfigurationError(f"`--save` is '{given.save}', which exists; choose another name")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -460,46 +442,21 @@ def write(
     settings: Mapping[str, Any],
 ) -> None:
     """Leave behind what every run leaves behind, and enter it into the ledger."""
-    from mmforget.artifacts.manifest import Manifest, config_hash
-    from mmforget.artifacts.model_card import model_card
-    from mmforget.artifacts.save import save_artifact
-
-    where = ("config", "run", "overwrite", "no_open", "quiet", "save", "ledger")
-    config = {k: v for k, v in vars(given).items() if k not in where and v not in (None, [])}
-    method = type(done.methods[-1]).__name__
-    data = results.data if results is not None else {}
-    manifest = Manifest(
-        base_model=given.pipeline,
-        base_hash=base_hash,
-        method=method,
-        settings=dict(settings) | ({"steps": given.steps} if given.steps else {}),
-        config_hash=config_hash(config),
-        request_hashes=tuple(request.hash for request in requests),
-        data_hash=str(data.get("hash", "")),
-        split_hash=str(data.get("split_hash", "")),
-        seeds={"method": given.seed},
-    )
     adapters = {
         request.name: one.save_adapter
         for one, request in zip(done.methods, requests, strict=True)
         if one.saves_adapter
     }
-    saved = save_artifact(
-        Saved(done, given, requests),  # type: ignore[arg-type]
-        folder.work / "artifact",
-        manifest,
-        model_card(manifest, requests, results, library="diffusers"),
-        adapters=adapters,
-    )
-    finish(
+    write_erasure(
         folder,
-        config,
+        given,
+        given.pipeline,
+        base_hash,
+        type(done.methods[-1]).__name__,
+        settings,
+        Saved(done, given, requests),
         requests,
         results,
-        given.ledger,
-        {
-            "method": saved.method,
-            "base_hash": saved.base_hash,
-            "result_hash": saved.result_hash,
-        },
+        "diffusers",
+        adapters,
     )

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmforget.cli.pipelines import read_defaults, settings_of
-from mmforget.cli.requirements import OF_GANS, Requirement, check
-from mmforget.cli.run_files import announce, emptied_on_failure, finish
+from mmforget.cli.requirements import OF_GANS, Requirement, check, requirements_of
+from mmforget.cli.run_files import announce, check_formats, emptied_on_failure, write_erasure
 from mmforget.cli.settings import Options
 from mmforget.concept import ConceptSpec
 from mmforget.erase_gan import ADVERSARIAL, DEFAULT, SHIPPED, method_target
-from mmforget.errors import ConfigurationError, suggest
+from mmforget.errors import ConfigurationError
 from mmforget.method_names import check_settings
 from mmforget.request import ForgetRequest
 
@@ -107,8 +107,8 @@ def run(args: list[str]) -> int:
     given = parsed(args)
     concepts = concepts_of(given)
     settings = settings_of(given.set)
-    requirements = requirements_of(given)
-    check_formats(given)
+    requirements = conditions_of(given)
+    check_formats(given, FORMATS)
     method_target(given.method)
     return _run(given, concepts, settings, requirements)
 
@@ -169,33 +169,16 @@ def concepts_of(given: Namespace) -> tuple[ConceptSpec, ...]:
     return erase.concepts_of(given)
 
 
-def requirements_of(given: Namespace) -> list[Requirement]:
+def conditions_of(given: Namespace) -> list[Requirement]:
     """The conditions of the command line.
 
     Raises:
         ConfigurationError: a condition that nothing will be measured for.
     """
-    found = [Requirement.parse(text, OF_GANS) for text in given.require]
-    if found and not given.audit:
-        raise ConfigurationError("`--require` needs the audit; leave out `--no-audit`")
-    if any(one.name == "attacks" for one in found) and not given.attack:
-        raise ConfigurationError("`--require attacks` needs an attack; add `--attack NAME`")
+    found = requirements_of(given, OF_GANS)
     if any(one.name == "elicited" for one in found) and not given.guide:
         raise ConfigurationError("`--require elicited` needs `--guide`, which edits follow")
     return found
-
-
-def check_formats(given: Namespace) -> None:
-    """Refuse formats that do not exist.
-
-    Raises:
-        ConfigurationError: see above.
-    """
-    for name in given.format:
-        if name not in FORMATS:
-            raise ConfigurationError(f"`--format` is '{name}', {suggest(name, FORMATS)}")
-    if given.save and Path(given.save).exists():
-        raise ConfigurationError(f"`--save` is '{given.save}', which exists; choose another name")
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -260,7 +243,7 @@ def load(given: Namespace) -> ImageGAN:
     """
     import torch
 
-    from mmforget.models.gan import load_gan
+    from mmforget.models.gan_files import load_gan
 
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = method_target(given.method)
@@ -370,7 +353,7 @@ def measure(
     from mmforget.audit.generators import audit_gan
     from mmforget.audit.results import ModelEntry
     from mmforget.audit.scene import AuditedModel
-    from mmforget.models.gan import load_gan
+    from mmforget.models.gan_files import load_gan
 
     method, device = done.method, next(original.network.parameters()).device
     entry = ModelEntry(
@@ -471,39 +454,15 @@ def write(
     settings: Mapping[str, Any],
 ) -> None:
     """Leave behind what every run leaves behind, and enter it into the ledger."""
-    from mmforget.artifacts.manifest import Manifest, config_hash
-    from mmforget.artifacts.model_card import model_card
-    from mmforget.artifacts.save import save_artifact
-
-    where = ("config", "run", "overwrite", "no_open", "quiet", "save", "ledger")
-    config = {k: v for k, v in vars(given).items() if k not in where and v not in (None, [])}
-    data = results.data if results is not None else {}
-    manifest = Manifest(
-        base_model=given.generator,
-        base_hash=base_hash,
-        method=type(done.method).__name__,
-        settings=dict(settings) | ({"steps": given.steps} if given.steps else {}),
-        config_hash=config_hash(config),
-        request_hashes=(request.hash,),
-        data_hash=str(data.get("hash", "")),
-        split_hash=str(data.get("split_hash", "")),
-        seeds={"method": given.seed},
-    )
-    saved = save_artifact(
-        Saved(done.model, given.format),  # type: ignore[arg-type]
-        folder.work / "artifact",
-        manifest,
-        model_card(manifest, [request], results, library="mmforget"),
-    )
-    finish(
+    write_erasure(
         folder,
-        config,
+        given,
+        given.generator,
+        base_hash,
+        type(done.method).__name__,
+        settings,
+        Saved(done.model, given.format),
         [request],
         results,
-        given.ledger,
-        {
-            "method": saved.method,
-            "base_hash": saved.base_hash,
-            "result_hash": saved.result_hash,
-        },
+        "mmforget",
     )

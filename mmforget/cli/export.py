@@ -81,7 +81,8 @@ def run(args: list[str]) -> int:
 
     from mmforget.artifacts.adapters import withdraw_adapter
     from mmforget.models.classifier import load_classifier
-    from mmforget.models.gan import CONFIG_FILE, load_gan
+    from mmforget.models.gan import CONFIG_FILE
+    from mmforget.models.gan_files import load_gan
 
     model: Any = (
         load_gan(artifact) if (artifact / CONFIG_FILE).is_file() else load_classifier(artifact)
@@ -100,7 +101,7 @@ def _convert(source: Path, given: Namespace, target: Path) -> int:
             f"`--without` takes a request back from a run, but '{source}' is a file of weights; "
             "leave it out"
         )
-    from mmforget.models.gan import load_gan
+    from mmforget.models.gan_files import load_gan
 
     model = load_gan(source, given.network, **settings_of(given.load, "--load"))
     _save(model, target)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from mmforget.errors import ConfigurationError, suggest
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from mmforget.audit.results import Results
 
 REQUIRABLE: Mapping[str, tuple[str, str]] = {
@@ -132,6 +134,26 @@ class Requirement:
     def __str__(self) -> str:
         """As it was written."""
         return f"{self.name}{self.sign}{self.limit:g}"
+
+
+def requirements_of(
+    given: Namespace, known: Mapping[str, tuple[str, str]] = REQUIRABLE
+) -> list[Requirement]:
+    """The conditions of the command line of `mmforget erase`.
+
+    Args:
+        given: with `require`, `audit` and `attack`.
+        known: the names that there are.
+
+    Raises:
+        ConfigurationError: a condition that nothing will be measured for.
+    """
+    found = [Requirement.parse(text, known) for text in given.require]
+    if found and not given.audit:
+        raise ConfigurationError("`--require` needs the audit; leave out `--no-audit`")
+    if any(one.name == "attacks" for one in found) and not given.attack:
+        raise ConfigurationError("`--require attacks` needs an attack; add `--attack NAME`")
+    return found
 
 
 def check(results: Results, requirements: Sequence[Requirement]) -> list[str]:

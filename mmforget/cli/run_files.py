@@ -4,16 +4,99 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmforget.cli.pipelines import MISSED
+from mmforget.errors import ConfigurationError, suggest
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from mmforget.artifacts.run_folder import RunFolder
     from mmforget.audit.results import Results
     from mmforget.request import ForgetRequest
+
+
+def check_formats(given: Namespace, formats: Sequence[str]) -> None:
+    """Refuse formats that do not exist, and a copy where something lies already.
+
+    Args:
+        given: with `format` and `save`.
+        formats: those that there are.
+
+    Raises:
+        ConfigurationError: see above.
+    """
+    for name in given.format:
+        if name not in formats:
+            raise ConfigurationError(f"`--format` is '{name}', {suggest(name, formats)}")
+    if given.save and Path(given.save).exists():
+        raise ConfigurationError(f"`--save` is '{given.save}', which exists; choose another name")
+
+
+def write_erasure(
+    folder: RunFolder,
+    given: Namespace,
+    base_model: str,
+    base_hash: str,
+    method: str,
+    settings: Mapping[str, Any],
+    model: Any,
+    requests: Sequence[ForgetRequest],
+    results: Results | None,
+    library: str,
+    adapters: Mapping[str, Callable[[Path], None]] | None = None,
+) -> None:
+    """Save what `mmforget erase` made, with everything that a run leaves behind.
+
+    Args:
+        folder: open.
+        given: the command line.
+        base_model: what was erased from, as it was named.
+        base_hash: of its weights.
+        method: class name.
+        settings: of the method.
+        model: what `save_artifact` writes.
+        requests: what was asked.
+        results: None if nothing was measured.
+        library: that reads the artifact, for the model card.
+        adapters: see `save_artifact`.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    from mmforget.artifacts.manifest import Manifest, config_hash
+    from mmforget.artifacts.model_card import model_card
+    from mmforget.artifacts.save import save_artifact
+
+    where = ("config", "run", "overwrite", "no_open", "quiet", "save", "ledger")
+    config = {k: v for k, v in vars(given).items() if k not in where and v not in (None, [])}
+    data = results.data if results is not None else {}
+    manifest = Manifest(
+        base_model=base_model,
+        base_hash=base_hash,
+        method=method,
+        settings=dict(settings) | ({"steps": given.steps} if given.steps else {}),
+        config_hash=config_hash(config),
+        request_hashes=tuple(request.hash for request in requests),
+        data_hash=str(data.get("hash", "")),
+        split_hash=str(data.get("split_hash", "")),
+        seeds={"method": given.seed},
+    )
+    saved = save_artifact(
+        model,
+        folder.work / "artifact",
+        manifest,
+        model_card(manifest, requests, results, library=library),
+        adapters=adapters,
+    )
+    entry = {
+        "method": saved.method, "base_hash": saved.base_hash, "result_hash": saved.result_hash
+    }  # fmt: skip
+    finish(folder, config, requests, results, given.ledger, entry)
 
 
 def finish(

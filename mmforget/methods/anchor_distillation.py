@@ -18,7 +18,6 @@ from mmforget.methods.generator_editing import ClipSource, GeneratorMethod
 from mmforget.methods.latent_sorting import MIN_BEARING, guide_probabilities
 from mmforget.methods.text_guided import at_least_one
 from mmforget.models.base import Latents, Model
-from mmforget.models.latent_mapper import MapperReport, train_mapper
 
 STRENGTHS = (0.3, 1.5)
 CERTAIN = -6.0
@@ -106,7 +105,6 @@ class AnchorDistillation(GeneratorMethod):
         self.adversarial = adversarial
         self.anchor_steps, self.anchor_lr, self.ascent = anchor_steps, anchor_lr, ascent
         self.mapper_steps, self.mapper_tries = mapper_steps, mapper_tries
-        self.mapper_reports: list[MapperReport] = []
         self.anchors: dict[str, float] = {}
 
     # ---- before the training --------------------------------------------------------------------
@@ -136,13 +134,10 @@ class AnchorDistillation(GeneratorMethod):
         """Native latents and edited ones that show the concept, at most as many of each."""
         clear = self.records["retain"]
         parts, numbers = [latents], [ids]
-        for number in range(len(self.concepts) if self.mapper_steps else 0):
-            mapper, _, report = train_mapper(
-                self.original, self.guide, number, steps=self.mapper_steps,
-                tries=self.mapper_tries, seed=self.seed, space="z", purpose=f"mapper-{number}",
-            )  # fmt: skip
-            self.mapper_reports.append(report)
-            self.spend(forget=report.tries * report.steps * 64)
+        if not self.mapper_steps:
+            return latents, ids
+        found = self.train_mappers(self.mapper_steps, self.mapper_tries)
+        for number, (mapper, _) in enumerate(found):
             share = -(-len(latents) // len(self.concepts))
             given, given_ids = clear.latents[:share], clear.ids[:share]
             low, high = STRENGTHS
@@ -261,7 +256,4 @@ class AnchorDistillation(GeneratorMethod):
 
     def statistics(self) -> dict[str, Any]:
         """The base's, and how many anchors were found."""
-        return super().statistics() | {
-            "anchors": self.anchors,
-            "mappers": [report.to_dict() for report in self.mapper_reports],
-        }
+        return super().statistics() | {"anchors": self.anchors}

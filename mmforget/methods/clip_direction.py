@@ -14,7 +14,6 @@ from mmforget.errors import ConfigurationError, suggest
 from mmforget.methods.base import samples
 from mmforget.methods.generator_editing import ClipSource, GeneratorMethod
 from mmforget.models.base import Latents, Model
-from mmforget.models.latent_mapper import MapperReport, train_mapper
 
 Reference = Literal["text", "mapper"]
 SOFT_LENGTH = 1e-3
@@ -94,23 +93,14 @@ class ClipDirection(GeneratorMethod):
         self.kappa = kappa
         self.mapper_steps, self.mapper_tries = mapper_steps, mapper_tries
         self._directions = torch.zeros(0)
-        self.mapper_reports: list[MapperReport] = []
 
     def prepare(self) -> None:
         """Find the directions (K, d)."""
         if self.reference == "text":
             self._directions = self.guide.directions()
             return
-        found = []
-        for number in range(len(self.concepts)):
-            _, elicited, report = train_mapper(
-                self.original, self.guide, number, steps=self.mapper_steps,
-                tries=self.mapper_tries, seed=self.seed, space="z", purpose=f"mapper-{number}",
-            )  # fmt: skip
-            found.append(-elicited)
-            self.mapper_reports.append(report)
-            self.spend(forget=report.tries * report.steps * 64)
-        self._directions = torch.stack(found)
+        found = self.train_mappers(self.mapper_steps, self.mapper_tries)
+        self._directions = torch.stack([-elicited for _, elicited in found])
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """See the class."""
@@ -141,7 +131,4 @@ class ClipDirection(GeneratorMethod):
 
     def statistics(self) -> dict[str, Any]:
         """The base's, and the direction that was followed."""
-        return super().statistics() | {
-            "reference": self.reference,
-            "mappers": [report.to_dict() for report in self.mapper_reports],
-        }
+        return super().statistics() | {"reference": self.reference}

@@ -25,6 +25,7 @@ from mmforget.methods.text_guided import NO_DATA, at_least_one
 from mmforget.models.base import Generates, HasLatents, Latents, Model
 from mmforget.models.clip import ClipModel
 from mmforget.models.concept_guide import ConceptGuide
+from mmforget.models.latent_mapper import BATCH_SIZE, LatentMapper, MapperReport, train_mapper
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class GeneratorMethod(GradientMethod):
     stay those of the original. Needs no data module: ``Trainer(max_steps=300).fit(method)``.
 
     Subclasses implement `losses`, with `drawn`, `kept` and `retained` at their service, and may
-    add to `prepare`.
+    add to `prepare`, with `train_mappers` at its service.
 
     Args:
         model: the generator, such as `ImageGAN`.
@@ -130,6 +131,7 @@ class GeneratorMethod(GradientMethod):
         self._original = (model if self.copied else detached_copy(model),)
         self.records: dict[str, LatentRecords] = {}
         self.prevalence: dict[str, float] = {}
+        self.mapper_reports: list[MapperReport] = []
         self._warn_of_size()
 
     def _warn_of_size(self) -> None:
@@ -172,6 +174,38 @@ class GeneratorMethod(GradientMethod):
 
     def prepare(self) -> None:
         """What a subclass does once before training, after the pool has been sorted."""
+
+    @torch.enable_grad()
+    def train_mappers(
+        self, steps: int, tries: int, scale: float = 1.0
+    ) -> list[tuple[LatentMapper, Tensor]]:
+        """Train a latent mapper per concept on the original generator, for `prepare`.
+
+        Leaves `mapper_reports`, and counts the samples of all trainings.
+
+        Args:
+            steps: of each training.
+            tries: trainings of a mapper until it elicits its concept, at most.
+            scale: of the mapper's steps, at the first try.
+
+        Returns:
+            Per concept the mapper, of the space ``z``, and the unit direction (d,) in which it
+            moves the guide's embedding on average.
+
+        Raises:
+            ConfigurationError: a count below 1.
+        """
+        found = []
+        for number in range(len(self.concepts)):
+            mapper, direction, report = train_mapper(
+                self.original, self.guide, number, steps=steps, scale=scale, tries=tries,
+                seed=self.seed, space="z", purpose=f"mapper-{number}",
+            )  # fmt: skip
+            found.append((mapper, direction))
+            self.mapper_reports.append(report)
+            passes = report.tries * report.steps * BATCH_SIZE
+            self.spend(forget=passes, backward=True)
+        return found
 
     def drawn(self, batch: Mapping[str, Tensor]) -> Latents:
         """The latents of a batch."""
@@ -256,8 +290,8 @@ class GeneratorMethod(GradientMethod):
     # ---- the end --------------------------------------------------------------------------------
 
     def statistics(self) -> dict[str, Any]:
-        """The concepts, what the pool showed, and what was trained."""
-        return {
+        """The concepts, what the pool showed, and what was trained, mappers too."""
+        facts = {
             "concepts": [concept.to_dict() for concept in self.concepts],
             "guide": self._guide[0].describe() if self._guide else None,
             "prevalence": self.prevalence,
@@ -267,6 +301,9 @@ class GeneratorMethod(GradientMethod):
                 self.model.network.get_parameter(name).numel() for name in self._names
             ),
         }
+        if self.mapper_reports:
+            facts["mappers"] = [report.to_dict() for report in self.mapper_reports]
+        return facts
 
 
 def named_alternatives(

@@ -16,7 +16,7 @@ from mmforget.methods.base import samples
 from mmforget.methods.generator_editing import ClipSource, GeneratorMethod
 from mmforget.methods.text_guided import at_least_one
 from mmforget.models.base import Latents, Model
-from mmforget.models.latent_mapper import LatentMapper, MapperReport, train_mapper
+from mmforget.models.latent_mapper import LatentMapper
 
 logger = logging.getLogger(__name__)
 
@@ -114,32 +114,20 @@ class TextToUnlearn(GeneratorMethod):
         self.mapper_tries = mapper_tries
         self._mappers: tuple[LatentMapper, ...] = ()
         self._directions = torch.zeros(0)
-        self.mapper_reports: list[MapperReport] = []
 
     def prepare(self) -> None:
         """Phase 1."""
         if not self.mapper_steps:
             return
-        found = []
-        for number, concept in enumerate(self.concepts):
-            with torch.enable_grad():
-                found.append(
-                    train_mapper(
-                        self.original, self.guide, number, steps=self.mapper_steps,
-                        scale=self.mapper_scale, tries=self.mapper_tries, seed=self.seed,
-                        space="z", purpose=f"mapper-{number}",
-                    )
-                )  # fmt: skip
-            report = found[-1][2]
-            self.spend(forget=report.tries * report.steps * 64)
+        found = self.train_mappers(self.mapper_steps, self.mapper_tries, self.mapper_scale)
+        for concept, report in zip(self.concepts, self.mapper_reports, strict=True):
             if report.agreement < AGREEMENT and self.objective == "direction":
                 logger.warning(
                     "the edit towards '%s' depends on the picture (agreement %.2f, below %g)",
                     concept.target, report.agreement, AGREEMENT,
                 )  # fmt: skip
-        self._mappers = tuple(mapper for mapper, _, _ in found)
-        self._directions = torch.stack([direction for _, direction, _ in found])
-        self.mapper_reports = [report for _, _, report in found]
+        self._mappers = tuple(mapper for mapper, _ in found)
+        self._directions = torch.stack([direction for _, direction in found])
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """See the class."""
@@ -215,8 +203,5 @@ class TextToUnlearn(GeneratorMethod):
         self.spend(retain=retain)
 
     def statistics(self) -> dict[str, Any]:
-        """The base's, and how well the mappers worked."""
-        return super().statistics() | {
-            "objective": self.objective,
-            "mappers": [report.to_dict() for report in self.mapper_reports],
-        }
+        """The base's, and the objective."""
+        return super().statistics() | {"objective": self.objective}

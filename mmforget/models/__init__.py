@@ -15,8 +15,10 @@ _EXPORTS = {
         "state_hash",
     ),
     "mmforget.models.classifier": ("ImageClassifier", "load_classifier"),
+    "mmforget.models.detector": ("Detector", "load_detector"),
     "mmforget.models.diffusion": ("DiffusionGenerator", "load_generator"),
-    "mmforget.models.gan": ("ImageGAN", "load_gan"),
+    "mmforget.models.gan": ("ImageGAN",),
+    "mmforget.models.gan_files": ("load_gan",),
     "mmforget.models.text_layers": ("Family",),
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,9 @@ from mmforget.models.concept_guide import ConceptGuide
 
 COARSE, MEDIUM = 4, 8
 """Styles below the first number form the coarse group, those below the second the medium one."""
+
+BATCH_SIZE = 64
+"""Latents per step of the training of a mapper, and per batch of its report."""
 
 
 class LatentMapper(nn.Module):
@@ -90,11 +94,11 @@ class MapperReport:
         elicited: share of edited latents whose picture shows the concept to the guide (P > 0.5).
         native: the same without edit.
         scale: of the steps, after all tries.
-        tries: trainings until the mapper worked, or all of them.
+        tries: trainings that were made, those before and after the best one too.
         agreement: mean cosine of the pictures' changes, in the guide's embedding, with their mean;
             below 0.3 the edit depends on the picture.
         text_agreement: cosine of the mean change with the text's direction to the concept.
-        steps: of the last training.
+        steps: of each training.
     """
 
     elicited: float
@@ -117,7 +121,7 @@ def train_mapper(
     *,
     space: LatentSpace | None = None,
     steps: int = 200,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     lr: float = 2e-3,
     scale: float = 1.0,
     norm_weight: float = 0.02,
@@ -161,7 +165,12 @@ def train_mapper(
             raise ConfigurationError(f"`{name}` is {value}, it must be at least 1")
     device = next(model.network.parameters()).device
     best: tuple[LatentMapper, Tensor, MapperReport] | None = None
+    made = 0
     with frozen(model.network):
+        judged = [
+            _drawn(model, min(BATCH_SIZE, checked - start), seed, start, f"{purpose}-check", space)
+            for start in range(0, checked, BATCH_SIZE)
+        ]
         for number in range(tries):
             mapper = _new_mapper(model, space, scale * 1.5**number, seed, purpose).to(device)
             optimizer = torch.optim.Adam(mapper.parameters(), lr)
@@ -177,14 +186,15 @@ def train_mapper(
                 loss.backward()
                 optimizer.step()
             mapper.requires_grad_(False).eval()
-            found = _report(model, guide, concept, mapper, space, checked, seed, purpose, number)
-            candidate = (mapper, found[0], found[1](steps))
-            if best is None or candidate[2].elicited > best[2].elicited:
-                best = candidate
+            made = number + 1
+            direction, report = _report(model, guide, concept, mapper, judged, made, steps)
+            if best is None or report.elicited > best[2].elicited:
+                best = mapper, direction, report
             if best[2].elicited >= enough:
                 break
     assert best is not None
-    return best
+    mapper, direction, report = best
+    return mapper, direction, replace(report, tries=made)  # the later ones were paid for as well
 
 
 def _drawn(
@@ -214,29 +224,28 @@ def _report(
     guide: ConceptGuide,
     concept: int,
     mapper: LatentMapper,
-    space: LatentSpace | None,
-    checked: int,
-    seed: int,
-    purpose: str,
-    number: int,
-) -> tuple[Tensor, Any]:
-    changes, shares, natives = [], 0.0, 0.0
-    for start in range(0, checked, 64):
-        count = min(64, checked - start)
-        latents = _drawn(model, count, seed, start, f"{purpose}-check", space)
+    judged: Sequence[Latents],
+    tries: int,
+    steps: int,
+) -> tuple[Tensor, MapperReport]:
+    """The mean direction (d,) of the changes of the guide's embedding, and the report."""
+    changes, elicited, native = [], 0.0, 0.0
+    for latents in judged:
         plain = guide.embed(model.synthesise(latents))
         edited = guide.embed(model.synthesise(mapper(latents)))
         changes.append(edited - plain)
-        shares += float((guide.margins(edited)[:, concept] > 0).sum())
-        natives += float((guide.margins(plain)[:, concept] > 0).sum())
+        elicited += float((guide.margins(edited)[:, concept] > 0).sum())
+        native += float((guide.margins(plain)[:, concept] > 0).sum())
     change = torch.cat(changes)
     direction = F.normalize(change.mean(dim=0), dim=0)
     agreement = float((F.normalize(change, dim=1) @ direction).mean())
     text = float(-guide.directions()[concept] @ direction)
-
-    def report(steps: int) -> MapperReport:
-        return MapperReport(
-            shares / checked, natives / checked, mapper.scale, number + 1, agreement, text, steps
-        )
-
-    return direction, report
+    return direction, MapperReport(
+        elicited=elicited / len(change),
+        native=native / len(change),
+        scale=mapper.scale,
+        tries=tries,
+        agreement=agreement,
+        text_agreement=text,
+        steps=steps,
+    )

@@ -27,7 +27,8 @@ from mmforget.methods.base import ForgettingMethod
 from mmforget.metrics.judge import load_judge
 from mmforget.models.base import Model, state_hash
 from mmforget.models.clip import ClipModel, load_clip
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.testing.conformance import (
     MethodChecks,
     Run,

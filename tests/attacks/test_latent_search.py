@@ -14,7 +14,8 @@ from mmforget.metrics.judge import load_judge
 from mmforget.models.base import state_hash
 from mmforget.models.clip import load_clip
 from mmforget.models.concept_guide import ConceptGuide
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.testing.painter import Painter, Palette, StyledPainter, is_red, painter, red_logits
 
 

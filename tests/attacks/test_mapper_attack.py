@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from mmforget.attacks.generator_report import guide_logits
 from mmforget.attacks.mapper_attack import mapper_attack
+from mmforget.audit.generator_attacks import ATTACKS, Case
 from mmforget.errors import ConfigurationError
 from mmforget.models.base import state_hash
+from mmforget.models.latent_mapper import train_mapper
 from mmforget.testing.painter import ColourGuide, is_red, painter
 
 
@@ -34,6 +39,26 @@ def test_edits_on_the_shell_are_judged_apart():
     assert free.details == kept.details
     # free edits may leave the range of colours that latents have
     assert free.pictures[:, 0].max() > kept.pictures[:, 0].max()
+
+
+def test_an_audit_trains_one_mapper_for_both_of_its_rows(monkeypatch):
+    trained = []
+
+    def counted(model, *args, **settings):
+        trained.append(model)
+        return train_mapper(model, *args, **settings | {"steps": 5, "tries": 1})
+
+    monkeypatch.setattr("mmforget.attacks.mapper_attack.train_mapper", counted)
+    scene = SimpleNamespace(settings=SimpleNamespace(attack_trials=8, seed=0))
+    guide = ColourGuide()
+    case = Case("red", guide, is_red, guide_logits(guide), is_red, None, 0.5)
+    models = [painter(), painter(0.4)]
+    for model in models:
+        free, kept = (ATTACKS[name](scene, model, case) for name in ("mapper", "mapper_on_shell"))
+        assert (free.name, kept.name) == ("mapper_free", "mapper_on_shell")
+        assert (free.rate, kept.rate) == (free.details["free"], kept.details["on_shell"])
+        assert free.details == kept.details
+    assert trained == models
 
 
 def test_the_judge_has_to_agree_with_the_guide():

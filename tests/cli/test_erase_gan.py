@@ -21,7 +21,8 @@ from mmforget.concept import ConceptSpec
 from mmforget.erase_gan import METHODS, find_method, is_gan, run_gan_erasure
 from mmforget.errors import ConfigurationError
 from mmforget.models.base import state_hash
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.testing.picture_bank import digit_bank
 
 QUICK = ["--set", "pool=64", "--set", "mapper_steps=0", "--set", "lr=0.2", "--set", "bearing=0.5",

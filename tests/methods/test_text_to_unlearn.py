@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mmforget import ConceptSpec, ImageGAN, TextToUnlearn, load_clip, load_gan, 
 from mmforget.data.digit_world import DIGITS, INKS
 from mmforget.erase import run_method
 from mmforget.errors import ConfigurationError, ModelError, RequestError
+from mmforget.methods import generator_editing
 from mmforget.methods.generator_retention import embedding_distance, pixel_distance
 from mmforget.models.base import state_hash
 from mmforget.models.clip import ClipModel
@@ -115,6 +117,17 @@ def test_edits_are_pushed_back_to_the_unedited_picture(gan: ImageGAN, clip: Clip
     assert sorted(terms) == ["edit", "edit_retain", "forget", "retain"]
     report = method.statistics()["mappers"][0]
     assert report["tries"] == 1 and report["steps"] == 5
+
+
+def test_every_training_of_a_mapper_is_paid_for(
+    gan: ImageGAN, clip: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = functools.partial(generator_editing.train_mapper, checked=8, enough=1.1)
+    monkeypatch.setattr(generator_editing, "train_mapper", quick)
+    method = method_for(gan, clip)
+    method.train_mappers(steps=2, tries=3, scale=1e-9)  # no later one is better than the first
+    assert method.cost()["forget_sample_passes"] == 3 * 3 * 2 * 64  # a backward pass counts twice
+    assert method.statistics()["mappers"][0]["tries"] == 3
 
 
 @pytest.mark.slow

@@ -57,3 +57,13 @@ def test_a_trained_mapper_elicits_the_concept_and_leaves_the_generator_alone() -
     assert all(parameter.grad is None for parameter in model.network.parameters())
     with pytest.raises(ConfigurationError, match="steps"):
         train_mapper(model, guide, steps=0)
+
+
+def test_all_trainings_count_and_not_only_those_up_to_the_best() -> None:
+    guide = ConceptGuide(load_clip("digit_world"), [ConceptSpec("seven")], {"seven": ["zero"]})
+    # Steps that move nothing: no later mapper is better than the first.
+    mapper, _, report = train_mapper(
+        load_gan("gan"), guide, steps=1, batch_size=1, scale=1e-9, tries=3, checked=8, enough=1.1
+    )
+    assert mapper.scale == report.scale == 1e-9
+    assert report.tries == 3

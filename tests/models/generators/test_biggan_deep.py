@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmforget.errors import MissingFileError, ModelError, WeightsError
-from mmforget.models.gan import load_gan
+from mmforget.models.gan_files import load_gan
 from mmforget.models.generators.biggan_deep import Attention, BigGANDeep, Standing
 from mmforget.models.generators.checkpoints import export_like, read_checkpoint
 

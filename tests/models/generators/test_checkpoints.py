@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mmforget.errors import MissingFileError, ModelError, WeightsError
 from mmforget.models.base import state_hash
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.models.generators import checkpoints
 from mmforget.models.generators.checkpoints import export_like, read_checkpoint
 from mmforget.models.generators.pickled_networks import read_pickled_network

@@ -12,7 +12,8 @@ from torch.nn.functional import conv2d
 
 from mmforget.errors import ModelError
 from mmforget.models.base import Latents, state_hash
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.models.generators.base import HasLayerGroups, StyleBased
 from mmforget.models.generators.stylegan2 import ModulatedConv, StyledConv, StyleGAN2
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmforget.errors import ModelError
-from mmforget.models.gan import ImageGAN, load_gan
+from mmforget.models.gan import ImageGAN
+from mmforget.models.gan_files import load_gan
 from mmforget.models.generators.base import HasLayerGroups, StyleBased
 from mmforget.models.generators.stylegan3 import StyleGAN3
 
