@@ -15,10 +15,12 @@ _EXPORTS = {
     "mmforget.erase": ("erase",),
     "mmforget.errors": ("MMForgetError",),
     "mmforget.models": (
+        "Detector",
         "DiffusionGenerator",
         "ImageClassifier",
         "ImageGAN",
         "load_classifier",
+        "load_detector",
         "load_gan",
         "load_generator",
     ),
@@ -28,6 +30,7 @@ _EXPORTS = {
     "mmforget.data": (
         "CIFAR10",
         "CIFAR100",
+        "DigitScenes",
         "DigitWorld",
         "ForgetDataModule",
         "HuggingFaceData",

@@ -8,6 +8,8 @@ _EXPORTS = {
     "mmforget.data.access": ("DataAccess",),
     "mmforget.data.base": ("ForgetDataModule", "ImageDataset"),
     "mmforget.data.cifar": ("CIFAR10", "CIFAR100"),
+    "mmforget.data.detection": ("DetectionDataModule", "DetectionDataset"),
+    "mmforget.data.digit_scenes": ("DigitScenes",),
     "mmforget.data.digit_world": ("DigitWorld",),
     "mmforget.data.huggingface": ("HuggingFaceData",),
     "mmforget.data.image_folder": ("ImageFolderData",),

@@ -167,6 +167,11 @@ class ImageDataset(Dataset[dict[str, Tensor]]):
         view._rows = self._rows[index]
         return view
 
+    @property
+    def classes(self) -> np.ndarray | None:
+        """What roles depend on: (N,) class indices, (N, C) bool of scenes, None without labels."""
+        return self.labels
+
     def unlabelled(self) -> Self:
         """Return a view whose batches have no ``label``."""
         view = copy.copy(self)
@@ -608,4 +613,4 @@ class ForgetDataModule(LightningDataModule):
 
 
 def _labelled(data: ImageDataset) -> Labelled:
-    return Labelled(data.ids, data.labels, data.hash)
+    return Labelled(data.ids, data.classes, data.hash)

@@ -177,17 +177,23 @@ def render(ids: np.ndarray) -> Tensor:
     """
     drawing = _Drawing.of(ids)
     stroke = torch.from_numpy(strokes()[0][ids // VARIANTS])
-    rows = _interpolation(drawing.top, drawing.size)
-    columns = _interpolation(drawing.left, drawing.size)
+    rows = interpolation(drawing.top, drawing.size)
+    columns = interpolation(drawing.left, drawing.size)
     ink = (rows @ stroke @ columns.transpose(1, 2))[:, None]
     front = torch.tensor(list(INKS.values())).float()[drawing.ink][:, :, None, None]
     back = torch.tensor(list(BACKGROUNDS.values())).float()[drawing.background][:, :, None, None]
     return torch.lerp(back, front, ink).round().to(torch.uint8)
 
 
-def _interpolation(start: np.ndarray, size: np.ndarray) -> Tensor:
-    """Weights (B, 32, 8) of the eight stroke cells for every pixel along one axis."""
-    centre = np.arange(CANVAS) + 0.5
+def interpolation(start: np.ndarray, size: np.ndarray, canvas: int = CANVAS) -> Tensor:
+    """Weights (B, canvas, 8) of the eight stroke cells for every pixel along one axis.
+
+    Args:
+        start: (B,) where the drawn squares begin, in pixels.
+        size: (B,) their sides in pixels.
+        canvas: side of the canvas in pixels.
+    """
+    centre = np.arange(canvas) + 0.5
     source = (centre - start[:, None]) * (8 / size)[:, None] - 0.5
     distance = np.abs(source[:, :, None] - np.arange(8))
     return torch.from_numpy(np.clip(1 - distance, 0, None).astype(np.float32))

@@ -28,7 +28,8 @@ class Labelled:
 
     Attributes:
         ids: (N,) int64, unique.
-        labels: (N,) int64 class indices, or None.
+        labels: (N,) int64 class indices; (N, C) bool where a sample holds objects of several
+            classes; or None.
         hash: identifies the data of the stage.
     """
 
@@ -81,8 +82,10 @@ class ForgetSplit:
         retain_classes: the rest, missing classes included.
         missing_classes: retained classes without training samples.
         ids: sorted sample ids by ``stage/role``, such as ``train/forget``. The roles ``forget``,
-            ``retain`` and ``previous`` are disjoint; ``missing`` is a part of ``retain`` in
-            validation and test, and is empty in training. Training roles respect the limits.
+            ``retain`` and ``previous`` are disjoint, except that an image which holds objects of
+            several classes plays each role of which it holds an object; ``missing`` is a part of
+            ``retain`` in validation and test, and is empty in training. Training roles respect the
+            limits.
         shots, retain_fraction, seed: how the training roles were drawn.
         data_hash: identifies the data.
         request_hashes: the requests in order.
@@ -262,11 +265,12 @@ def make_split(
         raise DataError("`shots` and `missing_classes` need labels, but the data has none")
 
     earlier = tuple(sample for request in requests[:-1] for sample in request.samples)
+    present = tuple(index for index in retained if index not in missing)
     ids: dict[str, tuple[int, ...]] = {}
     for stage, data in stages.items():
         masks = role_masks(data, forget, requests[-1].samples, previous, earlier, missing)
         if stage == "train":
-            _limit(data, masks, limits, seed, forget, class_names)
+            _limit(data, masks, limits, seed, forget, present, class_names)
         for role in ROLES:
             ids[f"{stage}/{role}"] = tuple(np.sort(data.ids[masks[role]]).tolist())
     if not ids["train/forget"]:
@@ -304,11 +308,20 @@ def role_masks(
     missing_classes: Sequence[int],
 ) -> dict[Role, np.ndarray]:
     """Masks (N,) by role, before any limit; a sample forgotten earlier is never forgotten again."""
+    if data.labels is not None and data.labels.ndim == 2:
+        return _roles_of_scenes(
+            data,
+            forget_classes,
+            forget_samples,
+            previous_classes,
+            previous_samples,
+            missing_classes,
+        )
 
     def among(classes: Sequence[int], samples: Sequence[int]) -> np.ndarray:
         chosen = np.isin(data.ids, np.asarray(samples, dtype=np.int64))
         if data.labels is not None:
-            chosen |= np.isin(data.labels, np.asarray(classes, dtype=np.int64))
+            chosen |= holding(data.labels, classes)
         return chosen
 
     previous = among(previous_classes, previous_samples)
@@ -320,6 +333,50 @@ def role_masks(
         "previous": previous,
         "missing": retain & among(missing_classes, ()),
     }
+
+
+def _roles_of_scenes(
+    data: Labelled,
+    forget_classes: Sequence[int],
+    forget_samples: Sequence[int],
+    previous_classes: Sequence[int],
+    previous_samples: Sequence[int],
+    missing_classes: Sequence[int],
+) -> dict[Role, np.ndarray]:
+    """Masks (N,) by role of images with objects of several classes; an image may play several.
+
+    An image without any object shows the background, which is to stay: it is retained. One that is
+    named by its id is forgotten as a whole.
+    """
+    labels = data.labels
+    assert labels is not None  # the caller has looked
+    gone = np.isin(data.ids, np.asarray(previous_samples, dtype=np.int64))
+    named = np.isin(data.ids, np.asarray(forget_samples, dtype=np.int64)) & ~gone
+    whole = ~gone & ~named
+    out = {*forget_classes, *previous_classes}
+    retained = [index for index in range(labels.shape[1]) if index not in out]
+    empty = ~labels.any(axis=1)
+    return {
+        "forget": named | (holding(labels, forget_classes) & whole),
+        "retain": (holding(labels, retained) | empty) & whole,
+        "previous": gone | (holding(labels, previous_classes) & whole),
+        "missing": holding(labels, missing_classes) & whole,
+    }
+
+
+def holding(labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Mark the samples that belong to one of some classes, or hold an object of one.
+
+    Args:
+        labels: (N,) class indices, or (N, C) bool.
+        classes: indices.
+
+    Returns:
+        (N,) bool.
+    """
+    if labels.ndim == 2:
+        return np.asarray(labels[:, list(classes)].any(axis=1), dtype=bool)
+    return np.isin(labels, np.asarray(list(classes), dtype=np.int64))
 
 
 def _check_twice(
@@ -360,7 +417,9 @@ def _check_samples(
                 f"(first: {unknown[0]}); valid ids are in `datamodule.dataset('train').ids`, "
                 f"{train.ids.min()} to {train.ids.max()}"
             )
-        if train.labels is not None and gone and wanted.size:
+        by_one_class = train.labels is not None and train.labels.ndim == 1
+        if by_one_class and gone and wanted.size:
+            assert train.labels is not None
             label_of = dict(zip(train.ids.tolist(), train.labels.tolist(), strict=True))
             for sample in request.samples:
                 if (label := label_of[sample]) in gone:
@@ -377,6 +436,7 @@ def _limit(
     limits: Limits,
     seed: int,
     forget_classes: Sequence[int],
+    retain_classes: Sequence[int],
     class_names: Sequence[str],
 ) -> None:
     """Apply the limits to the masks of the training data, in place."""
@@ -388,7 +448,8 @@ def _limit(
     if limits.shots is not None:
         # A request that names samples means exactly these, so shots limit its retain set only.
         for role in ("forget", "retain") if forget_classes else ("retain",):
-            masks[role] = _few(data, masks[role], order, limits.shots, class_names)
+            wanted = forget_classes if role == "forget" else retain_classes
+            masks[role] = _few(data, masks[role], order, limits.shots, class_names, wanted)
     elif limits.retain_fraction < 1:
         chosen = np.flatnonzero(masks["retain"])
         count = max(1, round(limits.retain_fraction * len(chosen)))
@@ -397,13 +458,22 @@ def _limit(
 
 
 def _few(
-    data: Labelled, mask: np.ndarray, order: np.ndarray, shots: int, class_names: Sequence[str]
+    data: Labelled,
+    mask: np.ndarray,
+    order: np.ndarray,
+    shots: int,
+    class_names: Sequence[str],
+    wanted: Sequence[int],
 ) -> np.ndarray:
-    """The `shots` samples of lowest order in every class that occurs in the mask."""
+    """The `shots` samples of lowest order in every class that occurs in the mask.
+
+    Of images with objects of several classes: those of lowest order that hold a `wanted` class.
+    """
     assert data.labels is not None  # the caller has refused unlabelled data
     kept = np.zeros_like(mask)
-    for index in np.unique(data.labels[mask]):
-        members = np.flatnonzero(mask & (data.labels == index))
+    found = data.labels[mask]
+    for index in np.unique(found) if found.ndim == 1 else wanted:
+        members = np.flatnonzero(mask & holding(data.labels, [index]))
         if len(members) < shots:
             raise DataError(
                 f"`shots` is {shots}, but class '{class_names[index]}' has only {len(members)} "

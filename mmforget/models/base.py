@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, Self, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -23,7 +23,45 @@ from mmforget.errors import CapabilityError
 Batch = Mapping[str, Any]
 """A batch: ``image`` (B, 3, H, W) float in [0, 1]; ``label`` (B,) int64, absent where a method may
 not read labels; ``id`` (B,) int64; ``weight`` (B,) float, 1 for a sample and 0 for the padding that
-makes the batches of several processes equally long."""
+makes the batches of several processes equally long. A batch of scenes has a label per object,
+(B, K) with -1 where there is none, and ``boxes``, ``crowd`` and ``extent``; see
+`mmforget.data.detection.DetectionDataset`."""
+
+
+class LossParts(NamedTuple):
+    """A training loss in the part that forgetting reverses and the part that it keeps.
+
+    Attributes:
+        recognition: (B,) what the model says it is: all of a classifier's loss.
+        rest: (B,) everything else, such as where a detector draws its boxes.
+    """
+
+    recognition: Tensor
+    rest: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """(B,) the loss."""
+        return self.recognition + self.rest
+
+
+class Instances(NamedTuple):
+    """The labelled things of a batch as a model sees them: its images, or the objects in them.
+
+    Attributes:
+        features: (M, d) what enters the head.
+        logits: (M, C) class scores.
+        label: (M,) int64 classes.
+        row: (M,) int64 rows of the batch.
+        loss: (B,) parts of the training loss, from the same forward pass.
+    """
+
+    features: Tensor
+    logits: Tensor
+    label: Tensor
+    row: Tensor
+    loss: LossParts
+
 
 SiteKind = Literal["ffn", "attention", "cross_attention", "text_reading", "all"]
 
@@ -276,6 +314,52 @@ class Model(LightningModule):
         Args:
             folder: an existing, empty folder.
         """
+
+    def loss_parts(self, batch: Batch) -> LossParts:
+        """The training loss per sample, by what forgetting reverses and what it keeps.
+
+        A family whose loss has parts that are no recognition overrides this.
+        """
+        own: Any = self  # offers `HasLoss`
+        loss = own.loss(batch)
+        return LossParts(loss, torch.zeros_like(loss))
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """(B,) what training from scratch minimises: the loss and what helps it to converge."""
+        own: Any = self  # offers `HasLoss`
+        return cast(Tensor, own.loss(batch))
+
+    def instances(self, batch: Batch) -> Instances:
+        """What the batch holds, as the model sees it; of a classifier one instance per image.
+
+        A family whose samples hold several things overrides this. Needs labels.
+        """
+        own: Any = self  # offers `HasFeatures`, `HasLogits` and `HasLoss`
+        features = own.features(batch)
+        loss = own.loss(batch, features=features)
+        return Instances(
+            features=features,
+            logits=own.logits(batch, features=features),
+            label=batch["label"],
+            row=torch.arange(len(loss), device=loss.device),
+            loss=LossParts(loss, torch.zeros_like(loss)),
+        )
+
+    def class_rows(self, classes: Sequence[int]) -> list[tuple[nn.Module, list[int]]]:
+        """The layers that score classes, each with the rows of its weight that score these.
+
+        Args:
+            classes: class indices.
+
+        Returns:
+            Layers with a ``weight``; none if the head has another form.
+        """
+        own: Any = self  # offers `HasHead` and `HasLogits`
+        return [
+            (layer, list(classes))
+            for layer in own.head.modules()
+            if isinstance(layer, nn.Linear) and layer.out_features == own.num_classes
+        ]
 
     @abstractmethod
     def fresh(self, seed: int) -> Self:

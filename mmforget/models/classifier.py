@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from mmforget.errors import AccessError, ConfigurationError, MissingFileError, ModelError
+from mmforget.errors import AccessError, MissingFileError, ModelError
 from mmforget.models import native
 from mmforget.models.base import Batch, Model, Site, SiteKind
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.native import Architecture, Library, Saved
+from mmforget.models.recipe import adamw_with_cosine, check_recipe, steps_of
 from mmforget.seeds import derive
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)")
@@ -91,7 +91,7 @@ class ImageClassifier(Model):
         allow_pickle: bool = False,
     ) -> None:
         super().__init__()
-        _check_recipe(lr, weight_decay, warmup)
+        check_recipe(lr, weight_decay, warmup)
         if num_classes is not None and num_classes < 2:
             raise ModelError(f"`num_classes` is {num_classes}; it must be at least 2")
         self.architecture: Architecture | None
@@ -350,13 +350,8 @@ class ImageClassifier(Model):
 
     def configure_optimizers(self) -> Any:
         """AdamW whose rate changes after every step; see `optimizers_for`."""
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ConfigurationError(
-                "the learning rate follows a cosine over all steps, but the trainer has no end; "
-                "set `max_epochs` or `max_steps`"
-            )
-        optimizer, scheduler = self.optimizers_for(int(steps))
+        steps = steps_of(self.trainer.estimated_stepping_batches)
+        optimizer, scheduler = self.optimizers_for(steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -371,13 +366,7 @@ class ImageClassifier(Model):
         Returns:
             The optimizer over all trainable parameters, and the scheduler to step after each step.
         """
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        return optimizer, LambdaLR(optimizer, _WarmupCosine(total_steps, self.warmup))
+        return adamw_with_cosine(self.network, self.lr, self.weight_decay, self.warmup, total_steps)
 
 
 class MeanHead(nn.Module):
@@ -399,20 +388,6 @@ class MeanHead(nn.Module):
         parts = features.split(self.widths, dim=1)
         scores = [layer(part) for layer, part in zip(self.layers, parts, strict=True)]
         return torch.stack(scores).sum(dim=0) / len(scores)
-
-
-class _WarmupCosine:
-    """Factor of the learning rate; a class, since a checkpoint cannot hold a local function."""
-
-    def __init__(self, total_steps: int, warmup: float) -> None:
-        self.total_steps = max(1, total_steps)
-        self.rising = int(warmup * self.total_steps)
-
-    def __call__(self, step: int) -> float:
-        if step < self.rising:
-            return (step + 1) / (self.rising + 1)
-        share = (step - self.rising) / max(1, self.total_steps - self.rising)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
 def load_classifier(
@@ -484,15 +459,6 @@ def load_classifier(
         class_names=saved.class_names,
         allow_pickle=allow_pickle,
     ).eval()
-
-
-def _check_recipe(lr: float, weight_decay: float, warmup: float) -> None:
-    if not lr > 0:
-        raise ConfigurationError(f"`lr` is {lr}, it must be positive")
-    if not weight_decay >= 0:
-        raise ConfigurationError(f"`weight_decay` is {weight_decay}, it must not be negative")
-    if not 0 <= warmup < 1:
-        raise ConfigurationError(f"`warmup` is {warmup}, it must lie in [0, 1)")
 
 
 def _find_heads(network: nn.Module, given: str | None, num_classes: int | None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ FFN_PAIRS = (
     ("pwconv1", "pwconv2"),  # ConvNeXt of transformers and of the authors
     ("linear1", "linear2"),  # torch.nn.TransformerEncoderLayer, DETR
     ("block.3", "block.5"),  # torchvision ConvNeXt: CNBlock.block is one nn.Sequential
+    ("fc6", "fc7"),  # box head of Faster R-CNN
 )
 """Two layers that lie directly in a block, without a container."""
 
