@@ -17,11 +17,12 @@ from mmforget.artifacts.model_card import model_card
 from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder, atomic_write
 from mmforget.artifacts.save import save_artifact
 from mmforget.audit.controls import make_controls
-from mmforget.audit.protocol import AuditedModel, AuditSettings, audit
+from mmforget.audit.families import audit_by_family
 from mmforget.audit.results import ModelEntry, Results, Role
+from mmforget.audit.scene import AuditedModel, AuditSettings
 from mmforget.data.base import ForgetDataModule
 from mmforget.models.base import Model, state_hash
-from mmforget.models.classifier import load_classifier
+from mmforget.models.loading import load_trained
 from mmforget.report import write_report
 from mmforget.request import ForgetRequest
 from mmforget.sequence import (
@@ -59,7 +60,8 @@ class AuditOptions:
     """What the unlearned model is compared with.
 
     Args:
-        settings: settings of the measurements.
+        settings: settings of the measurements, of the class that the data asks for; see
+            `mmforget.audit.families.settings_for`.
         retrained: sources of retrained models, which never saw the forget set.
         held_out: sources of retrained models that are measured as if they were methods.
         controls: controls that must fail: ``identity``, ``logit_mask``, ``head_only``.
@@ -67,7 +69,7 @@ class AuditOptions:
         enabled: switch the audit off; the run then claims nothing.
     """
 
-    settings: AuditSettings = field(default_factory=AuditSettings)
+    settings: Any = field(default_factory=AuditSettings)
     retrained: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
     controls: list[str] = field(default_factory=lambda: ["identity", "logit_mask", "head_only"])
@@ -151,7 +153,7 @@ def described(source: str, role: Role, number: int) -> AuditedModel:
     note = path / "training.json"
     cost = json.loads(note.read_text()).get("cost", {}) if note.is_file() else {}
     name = f"{'held-out retrained' if role == 'held_out' else role} {number}"
-    model = load_classifier(source)
+    model = load_trained(source)
     entry = ModelEntry(name=name, role=role, hash=state_hash(model), source=source, cost=cost)
     return AuditedModel(entry, model)
 
@@ -200,7 +202,7 @@ def _audit(
             model, data, options.controls, options.settings.seed, options.control_epochs
         ),
     ]
-    results = audit(
+    results = audit_by_family(
         models,
         data,
         requests,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from mmforget.artifacts.run_folder import atomic_write
 from mmforget.audit.cost import measured
-from mmforget.audit.protocol import accuracies
+from mmforget.audit.families import quality_by_role
 from mmforget.data.base import ForgetDataModule
 from mmforget.errors import ConfigurationError, RequestError, WeightsError
 from mmforget.methods.base import ForgettingMethod, detached_copy
@@ -46,7 +46,7 @@ class Step:
     Attributes:
         request: the request.
         method: class name of the method.
-        rows: accuracy per split after the request (see `Results.sequence`).
+        rows: accuracy or average precision per split after the request (see `Results.sequence`).
         cost: seconds, sample passes, peak memory.
         statistics: facts that the method reports about itself.
         access: what the method read.
@@ -74,7 +74,8 @@ class SequenceResult:
         model: the unlearned model after the last request, in eval mode.
         before: the model before the last request; the original for a single one.
         steps: one entry per request.
-        rows: accuracies of the original model (step 0) and after each request.
+        rows: accuracies (average precisions of a detector) of the original model, step 0, and after
+            each request.
         curve: accuracy on validation data after each epoch.
     """
 
@@ -124,7 +125,7 @@ class ForgettingCurve(Callback):
         """Append one row per split."""
         assert isinstance(pl_module, ForgettingMethod)
         epoch = trainer.current_epoch + 1
-        rows = accuracies(pl_module.model, self.data, stage="val")
+        rows = quality_by_role(pl_module.model, self.data, stage="val")
         if trainer.is_global_zero:
             known = [row for row in read_rows(self.path) if row["epoch"] < epoch]
             known += [
@@ -194,7 +195,7 @@ class SequenceRunner:
         """Forget all requests in order."""
         self._check_origin()
         self.data.request(self.requests[0])
-        rows = [{"step": 0, "request": ""} | row for row in accuracies(self.model, self.data)]
+        rows = [{"step": 0, "request": ""} | row for row in quality_by_role(self.model, self.data)]
         before = current = self.model
         carried: dict[str, torch.Tensor] = {}
         steps: list[Step] = []
@@ -247,7 +248,7 @@ class SequenceRunner:
             unlearned = method.finalize()
         rows = [
             {"step": number, "request": request.name} | row
-            for row in accuracies(unlearned, self.data)
+            for row in quality_by_role(unlearned, self.data)
         ]
         step = Step(
             request=request,

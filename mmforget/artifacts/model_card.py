@@ -43,6 +43,8 @@ def model_card(
     tag, kind = "image-classification", "An image classifier"
     if library == "mmforget":
         tag, kind = "unconditional-image-generation", "A generator of a GAN"
+    elif results is not None and words.is_detection(results):
+        tag, kind = "object-detection", "An object detector"
     elif any(request.concepts for request in requests):
         tag, kind = "text-to-image", "A text-to-image model"
     front = {

@@ -81,7 +81,7 @@ def audit(
         CapabilityError: a model without class scores.
     """
     settings = settings or AuditSettings()
-    _check(models)
+    check_models(models)
     start = time.perf_counter()
     warnings: list[str] = []
     audited = list(models)
@@ -97,7 +97,7 @@ def audit(
     measure_privacy(scene, rows)
     measure_representation(scene, rows)
     shown = measure_relearning(scene, rows)
-    _costs(scene, rows)
+    add_costs(audited, rows)
     rows.relate(scene.retrained, scene.original)
     checks, verdict, findings = conclude(scene, rows)
     entries = [
@@ -163,7 +163,12 @@ def accuracies(
     return rows
 
 
-def _check(models: Sequence[AuditedModel]) -> None:
+def check_models(models: Sequence[AuditedModel]) -> None:
+    """Refuse models that cannot be compared.
+
+    Raises:
+        ConfigurationError: equal names, not exactly one original, or nothing to judge.
+    """
     names = [audited.entry.name for audited in models]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -187,15 +192,15 @@ def _original(models: Sequence[AuditedModel]) -> AuditedModel:
     return next(audited for audited in models if audited.entry.role == "original")
 
 
-def _costs(scene: Scene, rows: Rows) -> None:
+def add_costs(models: Sequence[AuditedModel], rows: Rows) -> None:
     """Add the cost of every model that knows it, and how much of it was changed."""
-    original = dict(_original(scene.models).model.named_parameters())
+    original = dict(_original(models).model.named_parameters())
     spent = [
         float(audited.entry.cost["sample_passes"])
-        for audited in scene.by_role("retrained")
-        if audited.entry.cost.get("sample_passes")
+        for audited in models
+        if audited.entry.role == "retrained" and audited.entry.cost.get("sample_passes")
     ]
-    for audited in scene.models:
+    for audited in models:
         name, cost = audited.entry.name, audited.entry.cost
         for metric in ("seconds", "sample_passes", "peak_memory_bytes"):
             if metric in cost:

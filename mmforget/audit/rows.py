@@ -61,7 +61,7 @@ METRICS: dict[str, Spec] = {
     # forgetting, as seen in the answers
     "h_mean": _fraction(
         "forgetting", "higher", 0.01,
-        "harmonic mean of retained accuracy and drop against the original model",
+        "harmonic mean of what is kept and of the drop against the original model",
     ),
     "h_mean_previous": _fraction(
         "forgetting", "higher", 0.01,
@@ -95,6 +95,43 @@ METRICS: dict[str, Spec] = {
     "zrf": _fraction(
         "forgetting", "closer_to_retrained", 0.03,
         "1 - JS / ln 2 to randomly initialised networks, on the forgotten images",
+    ),
+    # boxes of detectors
+    "average_precision": _fraction(
+        "utility", "higher", 0.01, "average precision over the overlaps 0.50 to 0.95"
+    ),
+    "average_precision_50": _fraction(
+        "utility", "higher", 0.01, "average precision at an overlap of 0.50"
+    ),
+    "average_precision_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.01,
+        "average precision of retained classes lost against the original model",
+    ),
+    "worst_class_precision_drop": Spec(
+        "utility", "lower", "fraction", -1.0, 1.0, 0.05,
+        "largest loss of average precision of a single retained class",
+    ),
+    "neighbour_average_precision": _fraction(
+        "utility", "higher", 0.02,
+        "average precision of retained objects with and without a forgotten one in their image",
+    ),
+    "found_rate": _fraction(
+        "forgetting", "closer_to_retrained", 0.02,
+        "share of objects on which a box of their class lies",
+    ),
+    "moved_rate": _fraction(
+        "forgetting", "none", 0.02, "share of objects on which only boxes of other classes lie"
+    ),
+    "vanished_rate": _fraction(
+        "forgetting", "none", 0.02, "share of objects on which no box lies"
+    ),
+    "false_boxes": Spec(
+        "forgetting", "lower", "per image", 0.0, None, 0.02,
+        "boxes of forgotten classes per image, wherever they lie",
+    ),
+    "relearn_average_precision": _fraction(
+        "relearning", "closer_to_retrained", 0.05,
+        "average precision of forgotten classes after fine-tuning on a few of their boxes",
     ),
     # privacy
     "membership_auc": _fraction(

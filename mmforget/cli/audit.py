@@ -71,17 +71,18 @@ def run(args: list[str]) -> int:
 def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.artifacts.run_folder import RunFolder, atomic_write
     from mmforget.audit.controls import make_controls
-    from mmforget.audit.protocol import audit
+    from mmforget.audit.families import audit_by_family
     from mmforget.audit.results import Role
-    from mmforget.audit.scene import AuditSettings
     from mmforget.cli import building
+    from mmforget.cli.audit_section import audit_settings_for
     from mmforget.cli.parsing import explained
     from mmforget.report.write import write_report
     from mmforget.run import described
 
-    parser = audit_parser()
+    kind = audit_settings_for(settings)
+    parser = audit_parser(kind)
     args = ["--help"] if "help-all" in settings else args
-    plain: dict[str, type] = {"settings": AuditSettings}
+    plain: dict[str, type] = {"settings": kind}
     config = explained(lambda: parser.parse_args(args), settings, plain)
     requests = requests_from(building.parsed_requests(config))
     built = explained(lambda: building.build(parser, config, "data", "settings"), settings, plain)
@@ -99,7 +100,7 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
             for number, source in enumerate(sources, start=1):
                 models.append(described(building.model_folder(source), role, number))
         models += make_controls(original.model, data, config.controls)
-        results = audit(models, data, requests, built.settings)
+        results = audit_by_family(models, data, requests, built.settings)
         if config.title:
             results.title = config.title
         atomic_write(folder.work / "config.yaml", parser.dump(config, skip_unset=False))
@@ -111,9 +112,8 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     return 0
 
 
-def audit_parser() -> Any:
-    """The full parser."""
-    from mmforget.audit.scene import AuditSettings
+def audit_parser(kind: type[Any]) -> Any:
+    """The full parser; `kind` is the class of the audit's settings."""
     from mmforget.cli import building
     from mmforget.run import AuditOptions
 
@@ -128,7 +128,7 @@ def audit_parser() -> Any:
         parser.add_argument(f"--{name}", nargs="*", type=str, default=default)
     building.add_data(parser)
     building.add_request(parser, required=True)
-    parser.add_argument("--settings", type=AuditSettings, default=AuditSettings())
+    parser.add_argument("--settings", type=kind, default=kind())
     parser.add_argument("--run", type=str, default="runs/audit", help="folder of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
     parser.add_argument("--title", type=str, default="", help="title of the report")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
+from mmforget.audit.detectors import DetectorAuditSettings
+from mmforget.audit.families import settings_for
 from mmforget.audit.scene import AuditSettings
-from mmforget.cli.building import model_folder
+from mmforget.cli.building import model_folder, settings_source
+from mmforget.cli.parsing import find_class, import_known_classes
+from mmforget.data.base import ForgetDataModule
 from mmforget.run import AuditOptions
 
 
 @dataclass(frozen=True)
-class AuditSection(AuditSettings):
-    """What the audit after forgetting measures, and against which references.
+class ComparedModels:
+    """What an audit after forgetting compares with, whatever the family.
 
     Args:
         retrained: models trained from scratch without the forget set.
@@ -29,12 +35,38 @@ class AuditSection(AuditSettings):
 
     def options(self) -> AuditOptions:
         """The same for `mmforget.run.forget`."""
-        own = {f.name: getattr(self, f.name) for f in fields(AuditSettings)}
+        kind = DetectorAuditSettings if isinstance(self, DetectorAuditSettings) else AuditSettings
+        own = {f.name: getattr(self, f.name) for f in fields(kind)}
         return AuditOptions(
-            settings=AuditSettings(**own),
+            settings=kind(**own),
             retrained=[*map(model_folder, self.retrained)],
             held_out=[*map(model_folder, self.held_out)],
             controls=self.controls,
             control_epochs=self.control_epochs,
             enabled=self.enabled,
         )
+
+
+@dataclass(frozen=True)
+class AuditSection(ComparedModels, AuditSettings):
+    """What the audit of a classifier measures, and against which references."""
+
+
+@dataclass(frozen=True)
+class DetectorAuditSection(ComparedModels, DetectorAuditSettings):
+    """What the audit of a detector measures, and against which references."""
+
+
+def section_for(settings: Mapping[str, Any]) -> type[ComparedModels]:
+    """The section of a run, by its data."""
+    if audit_settings_for(settings) is DetectorAuditSettings:
+        return DetectorAuditSection
+    return AuditSection
+
+
+def audit_settings_for(settings: Mapping[str, Any]) -> type[Any]:
+    """The class of the audit's settings, by the data that the user named."""
+    import_known_classes()
+    found = find_class(settings_source(settings, "data"), ForgetDataModule)
+    # what is unknown, or made by a function, is for the parser to complain about
+    return settings_for(found) if isinstance(found, type) else AuditSettings

@@ -16,7 +16,7 @@ from mmforget.data.base import ForgetDataModule
 from mmforget.errors import MissingFileError, suggest
 from mmforget.methods.base import ForgettingMethod
 from mmforget.models.base import Model
-from mmforget.models.classifier import load_classifier
+from mmforget.models.loading import load_trained
 from mmforget.request import ForgetRequest
 
 SHIPPED = "shipped:"
@@ -118,9 +118,9 @@ def load_model(given: Model | str) -> Model:
 
     Raises:
         MissingFileError: there is no such model.
-        WeightsError, ModelError: see `load_classifier`.
+        WeightsError, ModelError: see `load_trained`.
     """
-    return load_classifier(model_folder(given)) if isinstance(given, str) else given
+    return load_trained(model_folder(given)) if isinstance(given, str) else given
 
 
 def model_folder(source: str) -> str:

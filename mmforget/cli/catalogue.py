@@ -48,6 +48,11 @@ MODELS = (
         capabilities=_FEATURES,
     ),
     Entry(
+        "mmforget.models.detector:Detector",
+        "detectors: DETR, Deformable and Conditional DETR, RT-DETR, Faster R-CNN, RetinaNet, FCOS",
+        capabilities=("HasLoss", "HasLogits", "HasHead", "Sites"),
+    ),
+    Entry(
         "mmforget.models.diffusion:DiffusionGenerator",
         "text-to-image pipelines of diffusers: Stable Diffusion 1, 2, XL, 3, FLUX",
         capabilities=("HasLoss", "Sites", "TextConditioned", "Generates"),
@@ -74,6 +79,17 @@ DATA = (
     Entry("mmforget.data.torchvision_data:TorchvisionData", "any data set of torchvision"),
     Entry("mmforget.data.image_folder:ImageFolderData", "a folder with one folder per class"),
     Entry("mmforget.data.huggingface:HuggingFaceData", "a data set of the hub or local files"),
+    Entry(
+        "mmforget.data.digit_scenes:DigitScenes",
+        "boxes: several handwritten digits on one canvas, built in",
+    ),
+    Entry(
+        "mmforget.data.coco:CocoFolder", "boxes: annotation files of COCO's format, and pictures"
+    ),
+    Entry(
+        "mmforget.data.huggingface_detection:HuggingFaceDetection",
+        "boxes: an object-detection data set of the hub or local files",
+    ),
 )
 
 METHODS = (
@@ -88,7 +104,7 @@ METHODS = (
         "mmforget.methods.gs_lora_plus_plus:GSLoRAPlusPlus",
         "GSLoRA with prototypes, also for few samples and missing classes",
         "T-PAMI 2026, arXiv 2501.09705",
-        ("HasLoss", "HasLogits", "HasHead", "Sites", "HasFeatures"),
+        ("HasLoss", "HasLogits", "HasHead", "Sites"),
         "full",
     ),
     Entry(
@@ -116,7 +132,7 @@ METHODS = (
         "mmforget.methods.scrub:SCRUB",
         "away from the original model on the forget set, close to it on the rest",
         "NeurIPS 2023, arXiv 2302.09880",
-        ("HasLogits",),
+        ("HasLoss", "HasLogits", "HasFeatures"),
         "full",
     ),
     Entry(
@@ -334,7 +350,7 @@ METHODS = (
         "mmforget.methods.head_only:HeadOnly",
         "control: edits the head and leaves the features as they are",
         "",
-        ("HasLoss", "HasLogits", "HasFeatures", "HasHead"),
+        ("HasLoss", "HasLogits", "HasHead"),
         "full",
     ),
 )

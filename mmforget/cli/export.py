@@ -80,12 +80,12 @@ def run(args: list[str]) -> int:
     adapter = _adapter(artifact, given.without) if given.without else None
 
     from mmforget.artifacts.adapters import withdraw_adapter
-    from mmforget.models.classifier import load_classifier
     from mmforget.models.gan import CONFIG_FILE
     from mmforget.models.gan_files import load_gan
+    from mmforget.models.loading import load_trained
 
     model: Any = (
-        load_gan(artifact) if (artifact / CONFIG_FILE).is_file() else load_classifier(artifact)
+        load_gan(artifact) if (artifact / CONFIG_FILE).is_file() else load_trained(artifact)
     )
     if adapter:
         withdraw_adapter(model, adapter)

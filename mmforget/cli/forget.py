@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from mmforget.cli.settings import checked_settings, requests_from
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from mmforget.cli.audit_section import AuditSection
+    from mmforget.cli.audit_section import ComparedModels
     from mmforget.cli.building import Trainers
     from mmforget.data.base import ForgetDataModule
     from mmforget.methods.base import ForgettingMethod
@@ -130,7 +130,7 @@ class Plan:
     data: ForgetDataModule
     requests: list[ForgetRequest]
     trainers: Trainers
-    audit: AuditSection
+    audit: ComparedModels
 
 
 def prepare(args: list[str], settings: dict[str, Any]) -> Plan:
@@ -144,7 +144,7 @@ def prepare(args: list[str], settings: dict[str, Any]) -> Plan:
     from mmforget.cli.parsing import explained, find_class
     from mmforget.methods.base import ForgettingMethod
 
-    parser, plain = forget_parser()
+    parser, plain = forget_parser(settings)
     given = ["--help"] if "help-all" in settings else args
     config = explained(lambda: parser.parse_args(given), settings, plain)
     requests = requests_from(building.parsed_requests(config))
@@ -164,14 +164,15 @@ def prepare(args: list[str], settings: dict[str, Any]) -> Plan:
     )
 
 
-def forget_parser() -> tuple[Any, dict[str, type]]:
-    """The full parser, and the sections that are one known class."""
+def forget_parser(settings: Mapping[str, Any]) -> tuple[Any, dict[str, type]]:
+    """The full parser, and the sections that are one known class; the data decides the audit."""
     from lightning.pytorch import Trainer
 
     from mmforget.cli import building
-    from mmforget.cli.audit_section import AuditSection
+    from mmforget.cli.audit_section import section_for
 
     parser = building.new_parser("forget")
+    section = section_for(settings)
     building.add_model(parser)
     building.add_method(parser)
     building.add_data(parser)
@@ -179,6 +180,6 @@ def forget_parser() -> tuple[Any, dict[str, type]]:
     building.add_trainer(
         parser, enable_checkpointing=False, enable_model_summary=False, limit_val_batches=0
     )
-    parser.add_argument("--audit", type=AuditSection, default=AuditSection())
+    parser.add_argument("--audit", type=section, default=section())
     building.add_run(parser)
-    return parser, {"trainer": Trainer, "audit": AuditSection}
+    return parser, {"trainer": Trainer, "audit": section}

@@ -14,17 +14,28 @@ COLUMNS = (
     ("relearned in", "relearn_steps_full", "test_forgotten"),
 )
 
+DETECTION_COLUMNS = (
+    ("AP to forget", "average_precision", "test_forget"),
+    ("AP forgotten before", "average_precision", "test_previous"),
+    ("AP retained", "average_precision", "test_retain"),
+    ("still found", "found_rate", "test_forgotten"),
+    ("AP relearned", "relearn_average_precision", "test_forgotten"),
+)
 
-def table(results: Results, columns: Sequence[tuple[str, str, str]] = COLUMNS) -> str:
+
+def table(results: Results, columns: Sequence[tuple[str, str, str]] | None = None) -> str:
     """By default accuracy on test images, probe recall and relearning steps, one line per model.
 
     Args:
         results: of an audit.
-        columns: title, metric and split of each; those that were not measured are left out.
+        columns: title, metric and split of each; those that were not measured are left out. None
+            takes the usual ones: of a detector its average precisions (AP).
 
     Returns:
         Lines of text, the original first, anchors left out.
     """
+    if columns is None:
+        columns = DETECTION_COLUMNS if results.data.get("kind") == "detection" else COLUMNS
     measured = {(row.metric, row.split) for row in results.metrics}
     columns = [column for column in columns if column[1:] in measured]
     rows = [["", *(title for title, _, _ in columns)]]

@@ -419,7 +419,7 @@ class ForgetDataModule(LightningDataModule):
             RequestError, DataError: see `mmforget.data.split.make_split`.
         """
         self.split = make_split(
-            {stage: _labelled(self._stage(stage)) for stage in STAGES},
+            {stage: self._labelled(stage) for stage in STAGES},
             self.class_names,
             requests,
             self.limits,
@@ -455,7 +455,7 @@ class ForgetDataModule(LightningDataModule):
             split, last = self.split, self._requests[-1]
             earlier = [sample for request in self._requests[:-1] for sample in request.samples]
             chosen = role_masks(
-                _labelled(data),
+                self._labelled(stage),
                 split.forget_classes,
                 last.samples,
                 split.previous_classes,
@@ -611,6 +611,7 @@ class ForgetDataModule(LightningDataModule):
                 roles.remove("retain")
         return tuple(role for role in roles if self.split.ids[f"{stage}/{role}"])
 
-
-def _labelled(data: ImageDataset) -> Labelled:
-    return Labelled(data.ids, data.classes, data.hash)
+    def _labelled(self, stage: Stage) -> Labelled:
+        """What the roles of a stage depend on."""
+        data = self._stage(stage)
+        return Labelled(data.ids, data.classes, data.hash)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmforget.data.base import ForgetDataModule, ImageDataset, Positions, View
 from mmforget.data.hashing import uniform
-from mmforget.data.split import ForgetSplit, Role, Stage, holding
+from mmforget.data.split import STAGES, ForgetSplit, Labelled, Role, Stage, holding
 from mmforget.errors import DataError, suggest
 from mmforget.request import ForgetRequest
 
@@ -25,7 +26,7 @@ PADDING = -1
 """Label of the rows that fill up the boxes of an image."""
 
 Flips = Literal["none", "horizontal", "both"]
-FLIPS: tuple[Flips, ...] = ("none", "horizontal", "both")
+MixedImages = Literal["filter", "forget"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ class Annotations:
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         )
 
-    def presence(self, num_classes: int) -> np.ndarray:
-        """(N, C) bool: which classes an image holds, crowds not counted."""
+    def presence(self, num_classes: int, crowds: bool = False) -> np.ndarray:
+        """(N, C) bool: which classes an image holds, with or without its crowds."""
         images = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        chosen = ~self.crowd | crowds
         found = np.zeros((len(self.starts) - 1, num_classes), dtype=bool)
-        found[images[~self.crowd], self.labels[~self.crowd]] = True
+        found[images[chosen], self.labels[chosen]] = True
         return found
 
 
@@ -136,9 +138,22 @@ class DetectionDataset(ImageDataset):
             )
 
     @property
-    def classes(self) -> np.ndarray:
-        """(N, C) bool: the classes that an image holds, shown or not; crowds are not counted."""
-        return self._presence[self._rows]
+    def classes(self) -> np.ndarray | None:
+        """(N, C) bool: the classes that an image holds, shown or not; crowds are not counted.
+
+        None in a view without labels.
+        """
+        return self.presence if self._annotated else None
+
+    @property
+    def presence(self) -> np.ndarray:
+        """(N, C) bool: as `classes`, in any view."""
+        return np.asarray(self._presence[self._rows])
+
+    @property
+    def seen(self) -> np.ndarray:
+        """(N, C) bool: the classes that can be seen in an image, shown or not, crowds included."""
+        return self.annotations.presence(len(self.class_names), crowds=True)[self._rows]
 
     def showing(self, classes: Sequence[int] | np.ndarray) -> Self:
         """Return a view that gives out only the boxes of some classes.
@@ -172,10 +187,13 @@ class DetectionDataset(ImageDataset):
         return np.asarray(self._extents[self._rows[positions]])
 
     def objects(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes (K, 4), labels (K,) and crowd marks (K,) of one image, of the shown classes."""
+        """Boxes (K, 4), labels (K,) and crowd marks (K,) of one image, of the shown classes.
+
+        None at all in a view without labels.
+        """
         marks, row = self.annotations, self._rows[position]
         own = slice(marks.starts[row], marks.starts[row + 1])
-        chosen = self._shown[position][marks.labels[own]]
+        chosen = self._shown[position][marks.labels[own]] & self._annotated
         return marks.boxes[own][chosen], marks.labels[own][chosen], marks.crowd[own][chosen]
 
     def __getitem__(self, positions: int | Sequence[int]) -> dict[str, Tensor]:
@@ -225,6 +243,8 @@ class DetectionDataset(ImageDataset):
             (self._shown, "<i8"),
         ):
             digest.update(values.astype(kind).tobytes())
+        if not self._annotated:
+            digest.update(b"unlabelled")
         return digest.hexdigest()
 
 
@@ -254,6 +274,16 @@ def flip(batch: dict[str, Tensor], seed: int, draw: tuple[int, int], flips: Flip
                 batch["boxes"][place, real] = mirrored
 
 
+def check_flips(flips: str) -> None:
+    """Refuse an unknown value of the option `flips`.
+
+    Raises:
+        DataError: it is none of `Flips`.
+    """
+    if flips not in get_args(Flips):
+        raise DataError(f"`flips` is '{flips}', {suggest(flips, get_args(Flips))}")
+
+
 class DetectionDataModule(ForgetDataModule):
     """Images with boxes, whose boxes follow their roles. Subclasses implement `build`.
 
@@ -265,13 +295,17 @@ class DetectionDataModule(ForgetDataModule):
 
     Args:
         batch_size, seed, num_workers, view, shots, missing_classes, retain_fraction: see
-            `ForgetDataModule`. `shots` counts images per class.
+            `ForgetDataModule`. `shots` counts images: every class has so many of its own, and more
+            where it is also in those of another class. An image with an object of a missing class
+            is not retained in training.
         augment: mirror training images as the data set allows.
-        mixed_images: ``filter``, as above; ``forget`` leaves images that hold a forgotten object
-            out of the retain set, so that no picture of one is ever retained.
+        mixed_images: ``filter``, as above; ``forget`` leaves training images that show a forgotten
+            object or a crowd of them out of the retain set, so that no picture of one is ever
+            retained. Evaluation stays the same.
 
     Raises:
         DataError: a value out of range.
+        RequestError: by `request`: a class or an image without a training box to forget.
 
     Reference:
         The filter: Zhao et al., Continual Forgetting for Pre-trained Vision Models, CVPR 2024,
@@ -288,50 +322,74 @@ class DetectionDataModule(ForgetDataModule):
         missing_classes: Sequence[str | int] = (),
         retain_fraction: float = 1.0,
         augment: bool = False,
-        mixed_images: Literal["filter", "forget"] = "filter",
+        mixed_images: MixedImages = "filter",
     ) -> None:
         super().__init__(
             batch_size, seed, num_workers, view, shots, missing_classes, retain_fraction, augment
         )
-        if mixed_images not in ("filter", "forget"):
+        if mixed_images not in get_args(MixedImages):
             raise DataError(
-                f"`mixed_images` is '{mixed_images}', {suggest(mixed_images, ('filter', 'forget'))}"
+                f"`mixed_images` is '{mixed_images}', "
+                f"{suggest(mixed_images, get_args(MixedImages))}"
             )
-        self.mixed_images = mixed_images
+        self.mixed_images: MixedImages = mixed_images
+        self._told: set[str] = set()  # warnings, so that none comes twice
 
     def request(self, *requests: ForgetRequest) -> ForgetSplit:
-        """Give every image its roles; warns where a forgotten class is in every image."""
+        """Give every image its roles; warns of classes with which a request cannot be judged."""
         split = super().request(*requests)
-        classes = self._stage("train").classes
-        assert classes is not None  # scenes always know their objects
-        if split.forget_classes and holding(classes, split.forget_classes).all():
-            names = ", ".join(split.class_names[index] for index in split.forget_classes)
-            logger.warning(
-                "every training image holds an object to forget (%s): what is retained is learnt "
-                "from pictures that show it",
-                names,
+        train, *rest = (self._scenes(stage) for stage in STAGES)
+        held = train.presence
+        if split.forget_classes and holding(held, split.forget_classes).all():
+            self._tell(
+                f"every training image holds an object to forget "
+                f"({self._names(split.forget_classes)}): what is retained is learnt from pictures "
+                "that show it"
             )
+        elsewhere = np.any([data.presence.any(axis=0) for data in rest], axis=0)
+        if unseen := np.flatnonzero(elsewhere & ~held.any(axis=0)).tolist():
+            self._tell(
+                f"validation or test data has objects that training data lacks "
+                f"({self._names(unseen)}): no model can learn to find them"
+            )
+        if self.mixed_images == "forget":
+            free = ~holding(train.seen, (*split.forget_classes, *split.previous_classes))
+            lost = held.any(axis=0) & ~held[free].any(axis=0)
+            if without := [index for index in split.retain_classes if lost[index]]:
+                self._tell(
+                    f"retained classes ({self._names(without)}) have no training image that is "
+                    "free of forgotten objects: set `mixed_images` to 'filter' to retain them too"
+                )
         return split
 
-    def subset(self, stage: Stage, role: Role, whole: bool = False) -> DetectionDataset:
-        """Return the images of a role with the boxes of that role; see `ForgetDataModule.subset`.
+    def _names(self, classes: Sequence[int]) -> str:
+        return ", ".join(self.class_names[index] for index in classes)
 
-        Raises:
-            DataError: `mixed_images` is ``forget``, and no retained image is left.
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning(text)
+
+    def _labelled(self, stage: Stage) -> Labelled:
+        found = super()._labelled(stage)
+        if self.mixed_images == "filter" or stage != "train":
+            return found
+        return dataclasses.replace(found, seen=self._scenes(stage).seen)
+
+    def _scenes(self, stage: Stage) -> DetectionDataset:
+        data = self._stage(stage)
+        assert isinstance(data, DetectionDataset)  # what `build` of this family returns
+        return data
+
+    def subset(self, stage: Stage, role: Role, whole: bool = False) -> DetectionDataset:
+        """Return the images of a role with the boxes of that role.
+
+        See `ForgetDataModule.subset`.
         """
         data = super().subset(stage, role, whole)
         assert isinstance(data, DetectionDataset)  # what `build` of this family returns
-        split = self.split
-        if role == "all" or split is None:
+        if role == "all":
             return data
-        if role == "retain" and self.mixed_images == "forget":
-            gone = (*split.forget_classes, *split.previous_classes)
-            data = data.subset(np.flatnonzero(~holding(data.classes, gone)))
-            if not len(data) and stage == "train":
-                raise DataError(
-                    "`mixed_images` is 'forget', but every training image with a retained object "
-                    "holds a forgotten one too; use 'filter'"
-                )
         return data.showing(self._role_classes(role, stage, whole, data.ids))
 
     def _role_classes(self, role: Role, stage: Stage, whole: bool, ids: np.ndarray) -> np.ndarray:
@@ -351,6 +409,8 @@ class DetectionDataModule(ForgetDataModule):
             named = self._requests[-1:] if role == "forget" else self._requests[:-1]
             samples = [sample for request in named for sample in request.samples]
             shown[np.isin(ids, np.asarray(samples, dtype=np.int64))] = True
+        if role == "forget":
+            shown[:, list(split.previous_classes)] = False
         return shown
 
     def _statistics(self) -> ImageDataset:

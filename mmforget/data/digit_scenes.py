@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mmforget.data.base import ImageDataset, View
-from mmforget.data.detection import Annotations, DetectionDataModule, DetectionDataset
+from mmforget.data.detection import (
+    Annotations,
+    DetectionDataModule,
+    DetectionDataset,
+    MixedImages,
+)
 from mmforget.data.digit_world import (
     BACKGROUNDS,
     DIGITS,
@@ -103,7 +108,7 @@ def _boxes(scenes: _Scenes) -> Annotations:
     inked = strokes()[0] >= INKED
 
     def ends(axis: int) -> tuple[np.ndarray, np.ndarray]:
-        there = inked.any(axis=axis)
+        there = np.asarray(inked.any(axis=axis))
         first, last = there.argmax(axis=1), 8 - there[:, ::-1].argmax(axis=1)
         return first[scenes.stroke] / 8, last[scenes.stroke] / 8
 
@@ -158,8 +163,9 @@ class SceneImages(DetectionDataset):
 
 
 class DigitScenes(DetectionDataModule):
-    """Scenes of two to five coloured handwritten digits that do not touch each other.
+    """Scenes of up to five coloured handwritten digits that do not touch each other.
 
+    Two to five are wanted in each scene; one that finds no free place in `TRIES` draws is left out.
     Digits are 14 to 36 pixels large. The strokes are those of `DigitWorld`: test scenes show
     handwriting that no training scene shows.
 
@@ -188,7 +194,7 @@ class DigitScenes(DetectionDataModule):
         missing_classes: Sequence[str | int] = (),
         retain_fraction: float = 1.0,
         augment: bool = False,
-        mixed_images: Literal["filter", "forget"] = "filter",
+        mixed_images: MixedImages = "filter",
     ) -> None:
         super().__init__(
             batch_size,
@@ -219,3 +225,37 @@ class DigitScenes(DetectionDataModule):
                 f"digit_scenes/{stage}/{self.side}", ids, chosen[stage], self.side
             )
         return stages
+
+    def to_huggingface(self, stage: Stage) -> Any:
+        """Copy a stage into a Hugging Face data set.
+
+        Returns:
+            A `datasets.Dataset` with the columns ``image`` (PNG), ``image_id``, and ``objects``
+            with ``bbox`` (left, top, width, height in pixels) and ``category`` (`ClassLabel`).
+        """
+        import datasets
+
+        data = self._scenes(stage)
+        marks = [data.objects(position)[:2] for position in range(len(data))]
+        objects = [
+            {
+                "bbox": np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist(),
+                "category": labels.tolist(),
+            }
+            for boxes, labels in marks
+        ]
+        columns = {
+            "image": list(data.pixels(np.arange(len(data))).permute(0, 2, 3, 1).numpy()),
+            "image_id": data.ids.tolist(),
+            "objects": objects,
+        }
+        box = datasets.List(datasets.Value("float32"), length=4)
+        kind = datasets.ClassLabel(names=list(data.class_names))
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "image_id": datasets.Value("int64"),
+                "objects": {"bbox": datasets.List(box), "category": datasets.List(kind)},
+            }
+        )
+        return datasets.Dataset.from_dict(columns, features=features)

@@ -75,11 +75,7 @@ class HuggingFaceData(ForgetDataModule):
             batch_size, seed, num_workers, view, shots, missing_classes, retain_fraction, augment
         )
         check_fractions(val_fraction, test_fraction)
-        for split, file in (data_files or {}).items():
-            if "*" not in file and "://" not in file and not Path(file).is_file():
-                raise MissingFileError(
-                    f"`data_files.{split}` is '{file}', which does not exist; check the path"
-                )
+        check_data_files(data_files)
         self.path = path
         self.data_files = None if data_files is None else dict(data_files)
         self.image_column = image_column
@@ -94,29 +90,7 @@ class HuggingFaceData(ForgetDataModule):
 
     def build(self) -> dict[Stage, ImageDataset]:
         """Open the splits; images are decoded when they are first asked for."""
-        import datasets
-
-        try:
-            loaded = datasets.load_dataset(self.path, data_files=self.data_files)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise MissingFileError(
-                f"`path` '{self.path}' cannot be loaded ({error}); check the id and the network, "
-                "or give local files as `data_files`"
-            ) from error
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise DataError(
-                f"`path` '{self.path}' with `data_files` {self.data_files} cannot be read "
-                f"({error}); check that the files are whole and of this kind"
-            ) from error
-        tables: dict[Stage, Table] = {}
-        for stage, split in self.splits.items():
-            if split is not None:
-                if split not in loaded:
-                    raise DataError(
-                        f"`{stage}_split` is '{split}', {suggest(split, loaded)} "
-                        "(for val and test, null holds one out of the training data)"
-                    )
-                tables[stage] = loaded[split]
+        tables = open_tables(self.path, self.data_files, self.splits)
         labels, names = self._labels(tables)
         stages = {
             stage: self._stage_of(stage, table, labels, names) for stage, table in tables.items()
@@ -130,40 +104,14 @@ class HuggingFaceData(ForgetDataModule):
         labels: dict[Stage, np.ndarray],
         names: tuple[str, ...],
     ) -> ImageDataset:
-        source = "+".join(sorted(Path(f).name for f in (self.data_files or {}).values()))
         return PictureDataset(
-            f"{self.path}/{source}/{self.splits[stage]}",
+            source_name(self.path, self.data_files, self.splits[stage]),
             STAGE_IDS[stage] + np.arange(len(table)),
             labels.get(stage),
             names,
-            _Opener(table, self._image_column(table)),
+            Opener(table, image_column(table, self.image_column)),
             self.image_size,
         )
-
-    def _image_column(self, table: Table) -> str:
-        import datasets
-
-        kinds = table.features
-        pictures = [name for name in kinds if isinstance(kinds[name], datasets.Image)]
-        if self.image_column is None:
-            if len(pictures) != 1:
-                raise DataError(
-                    f"the data has {len(pictures)} image columns ({', '.join(pictures)}) among "
-                    f"{', '.join(kinds)}; name one in `image_column`"
-                )
-            return pictures[0]
-        column = self._column(table, self.image_column, "image_column")
-        if column not in pictures:
-            raise DataError(
-                f"`image_column` is '{column}', which holds {kinds[column]} instead of images, "
-                f"{suggest(column, pictures)}"
-            )
-        return column
-
-    def _column(self, table: Table, column: str, option: str) -> str:
-        if column not in table.column_names:
-            raise DataError(f"`{option}` is '{column}', {suggest(column, table.column_names)}")
-        return column
 
     def _labels(
         self, tables: dict[Stage, Table]
@@ -173,9 +121,9 @@ class HuggingFaceData(ForgetDataModule):
 
         if self.label_column is None:
             return {}, ()
-        column = self._column(tables["train"], self.label_column, "label_column")
+        column = checked_column(tables["train"], self.label_column, "label_column")
         values = {
-            stage: np.asarray(table[self._column(table, column, "label_column")][:])
+            stage: np.asarray(table[checked_column(table, column, "label_column")][:])
             for stage, table in tables.items()
         }
         feature = tables["train"].features[column]
@@ -187,7 +135,98 @@ class HuggingFaceData(ForgetDataModule):
         return indices, tuple(str(value) for value in distinct)
 
 
-class _Opener:
+def check_data_files(data_files: Mapping[str, str] | None) -> None:
+    """Refuse local files that do not exist; patterns and addresses pass.
+
+    Raises:
+        MissingFileError: there is no such file.
+    """
+    for split, file in (data_files or {}).items():
+        if "*" not in file and "://" not in file and not Path(file).is_file():
+            raise MissingFileError(
+                f"`data_files.{split}` is '{file}', which does not exist; check the path"
+            )
+
+
+def open_tables(
+    path: str, data_files: Mapping[str, str] | None, splits: Mapping[Stage, str | None]
+) -> dict[Stage, Table]:
+    """Open a data set and return the table of every stage that has a split.
+
+    Raises:
+        MissingFileError: the hub does not give it.
+        DataError: a damaged file or an unknown split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(path, data_files=data_files)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise MissingFileError(
+            f"`path` '{path}' cannot be loaded ({error}); check the id and the network, "
+            "or give local files as `data_files`"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(
+            f"`path` '{path}' with `data_files` {data_files} cannot be read "
+            f"({error}); check that the files are whole and of this kind"
+        ) from error
+    tables: dict[Stage, Table] = {}
+    for stage, split in splits.items():
+        if split is not None:
+            if split not in loaded:
+                raise DataError(
+                    f"`{stage}_split` is '{split}', {suggest(split, loaded)} "
+                    "(for val and test, null holds one out of the training data)"
+                )
+            tables[stage] = loaded[split]
+    return tables
+
+
+def source_name(path: str, data_files: Mapping[str, str] | None, split: str | None) -> str:
+    """Name of a split for messages and hashes: it says nothing of folders."""
+    source = "+".join(sorted(Path(file).name for file in (data_files or {}).values()))
+    return f"{path}/{source}/{split}"
+
+
+def image_column(table: Table, column: str | None) -> str:
+    """Check the column with the images; None finds the only one there is.
+
+    Raises:
+        DataError: no such column, it holds no images, or there are several.
+    """
+    import datasets
+
+    kinds = table.features
+    pictures = [name for name in kinds if isinstance(kinds[name], datasets.Image)]
+    if column is None:
+        if len(pictures) != 1:
+            raise DataError(
+                f"the data has {len(pictures)} image columns ({', '.join(pictures)}) among "
+                f"{', '.join(kinds)}; name one in `image_column`"
+            )
+        return pictures[0]
+    checked_column(table, column, "image_column")
+    if column not in pictures:
+        raise DataError(
+            f"`image_column` is '{column}', which holds {kinds[column]} instead of images, "
+            f"{suggest(column, pictures)}"
+        )
+    return column
+
+
+def checked_column(table: Table, column: str, option: str) -> str:
+    """Refuse a column that is not there.
+
+    Raises:
+        DataError: as said.
+    """
+    if column not in table.column_names:
+        raise DataError(f"`{option}` is '{column}', {suggest(column, table.column_names)}")
+    return column
+
+
+class Opener:
     """Opens the pictures of rows; a class, so that loader workers can be sent it."""
 
     def __init__(self, table: Table, column: str) -> None:
@@ -199,6 +238,7 @@ class _Opener:
         self._column = column
 
     def __call__(self, rows: Sequence[int]) -> Iterator[Image]:
+        """Yield one picture after the other, not yet decoded."""
         from PIL import Image
 
         cells: list[dict[str, Any]] = self._table[list(rows)][self._column]

@@ -31,11 +31,14 @@ class Labelled:
         labels: (N,) int64 class indices; (N, C) bool where a sample holds objects of several
             classes; or None.
         hash: identifies the data of the stage.
+        seen: (N, C) bool: classes that can be seen in a sample. One that shows a forgotten class is
+            not retained, whatever else it holds. None: what else it holds is retained.
     """
 
     ids: np.ndarray
     labels: np.ndarray | None
     hash: str
+    seen: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,7 @@ def make_split(
     ]
     _check_twice(classes, [request.samples for request in requests], owners, class_names)
     _check_samples(stages["train"], requests, classes, owners, class_names)
+    _check_objects(stages["train"], requests[-1].samples, classes, owners[-1], class_names)
 
     forget, previous = classes[-1], tuple(c for group in classes[:-1] for c in group)
     retained = tuple(c for c in range(len(class_names)) if c not in {*forget, *previous})
@@ -279,9 +283,10 @@ def make_split(
             "name a class that has training samples"
         )
     if not ids["train/retain"]:
+        mixed = stages["train"].seen is not None
         raise RequestError(
             f"{owners[-1]} leaves no training sample to retain; forget less, or give fewer "
-            "`missing_classes`"
+            f"`missing_classes`{', or set `mixed_images` to filter' if mixed else ''}"
         )
     digest = hashlib.sha256("".join(stages[stage].hash for stage in STAGES).encode())
     return ForgetSplit(
@@ -346,7 +351,8 @@ def _roles_of_scenes(
     """Masks (N,) by role of images with objects of several classes; an image may play several.
 
     An image without any object shows the background, which is to stay: it is retained. One that is
-    named by its id is forgotten as a whole.
+    named by its id is forgotten as a whole. An image with an object of a missing class is no
+    training image of the retained ones, for it would show what is missing.
     """
     labels = data.labels
     assert labels is not None  # the caller has looked
@@ -355,12 +361,14 @@ def _roles_of_scenes(
     whole = ~gone & ~named
     out = {*forget_classes, *previous_classes}
     retained = [index for index in range(labels.shape[1]) if index not in out]
-    empty = ~labels.any(axis=1)
+    retain = (holding(labels, retained) | ~labels.any(axis=1)) & whole
+    if data.seen is not None:
+        retain &= ~holding(data.seen, sorted(out))
     return {
         "forget": named | (holding(labels, forget_classes) & whole),
-        "retain": (holding(labels, retained) | empty) & whole,
+        "retain": retain,
         "previous": gone | (holding(labels, previous_classes) & whole),
-        "missing": holding(labels, missing_classes) & whole,
+        "missing": holding(labels, missing_classes) & retain,
     }
 
 
@@ -430,6 +438,34 @@ def _check_samples(
         gone.update(dict.fromkeys(group, owner))
 
 
+def _check_objects(
+    train: Labelled,
+    samples: Sequence[int],
+    classes: Sequence[Sequence[int]],
+    owner: str,
+    class_names: Sequence[str],
+) -> None:
+    """Refuse classes and images of which no training image has an object to forget."""
+    labels = train.labels
+    if labels is None or labels.ndim == 1:
+        return
+    for index in classes[-1]:
+        if not labels[:, index].any():
+            raise RequestError(
+                f"{owner} names class '{class_names[index]}', of which no training image has a "
+                "box; name a class that has some"
+            )
+    gone = [index for group in classes[:-1] for index in group]
+    left = np.delete(labels, gone, axis=1).any(axis=1)
+    named = np.isin(train.ids, np.asarray(samples, dtype=np.int64))
+    if (named & ~left).any():
+        sample = train.ids[named & ~left][0]
+        raise RequestError(
+            f"{owner} names image {sample}, which has no box that is not forgotten already; "
+            "remove it"
+        )
+
+
 def _limit(
     data: Labelled,
     masks: dict[Role, np.ndarray],
@@ -467,14 +503,15 @@ def _few(
 ) -> np.ndarray:
     """The `shots` samples of lowest order in every class that occurs in the mask.
 
-    Of images with objects of several classes: those of lowest order that hold a `wanted` class.
+    Of images with objects of several classes: those of lowest order that hold a `wanted` class. So
+    every class has its own images, and more where they are also in those of another class.
     """
     assert data.labels is not None  # the caller has refused unlabelled data
     kept = np.zeros_like(mask)
     found = data.labels[mask]
     for index in np.unique(found) if found.ndim == 1 else wanted:
         members = np.flatnonzero(mask & holding(data.labels, [index]))
-        if len(members) < shots:
+        if 0 < len(members) < shots:
             raise DataError(
                 f"`shots` is {shots}, but class '{class_names[index]}' has only {len(members)} "
                 f"training samples; give at most {len(members)}"

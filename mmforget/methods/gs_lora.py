@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmforget.data.access import DataAccess
 from mmforget.errors import ConfigurationError, WeightsError, suggest
 from mmforget.methods.base import GradientMethod, joined
-from mmforget.models.base import HasHead, HasLogits, HasLoss, Model, Site, Sites
+from mmforget.models.base import HasHead, HasLogits, HasLoss, LossParts, Model, Site, Sites
 from mmforget.seeds import generator
 
 ADAPTER = "default"
@@ -27,8 +27,10 @@ class GSLoRA(GradientMethod):
 
         L = CE(retain) + beta * ReLU(bound - CE(forget)) + sparsity * sum_g ||theta_g||_2
 
-    with ``theta_g`` the concatenation of all ``A`` and ``B`` of the group. Reads forget inputs and
-    labels, and a part of the retain data. The adapters are merged by `finalize`; `save_adapter`
+    with ``theta_g`` the concatenation of all ``A`` and ``B`` of the group. Where the loss has parts
+    that are no recognition, such as the boxes of a detector, only the recognition of forget samples
+    is reversed and bounded; the rest is learnt on, times ``beta``. Reads forget inputs and labels,
+    and a part of the retain data. The adapters are merged by `finalize`; `save_adapter`
     writes those of this request by themselves, in the format of peft.
 
     Differs from the released code: groups come from the module tree; the hinge bound follows the
@@ -41,8 +43,9 @@ class GSLoRA(GradientMethod):
         rank: rank of the adapters (paper: 8).
         lora_alpha: the scale of the adapters is ``lora_alpha / rank`` (paper: 1).
         beta: weight of the forget term (paper: 0.05 to 0.4).
-        bound: cross-entropy at which the forget term stops; ``auto`` is ``2 ln C``, twice the loss
-            of a uniform prediction over ``C`` classes. Use 105 for a cosine-margin head.
+        bound: recognition loss at which the forget term stops; ``auto`` is ``2 ln C`` for a
+            classifier, twice the loss of a uniform prediction over ``C`` classes, and 15 for a
+            detector (paper). Use 105 for a cosine-margin head.
         hinge: ``batch`` stops when the mean loss reaches the bound, ``sample`` stops each sample.
         sparsity: weight of the group lasso after its warm-up (paper: 1e-4 to 0.015).
         sparsity_warmup: number of first epochs with weight 0.
@@ -119,7 +122,7 @@ class GSLoRA(GradientMethod):
                 raise ConfigurationError(f"`{name}` is {number}, it must be positive")
         self.rank, self.scale = rank, lora_alpha / rank
         self.beta, self.hinge = beta, hinge
-        self.bound = 2 * math.log(self.model.num_classes) if bound == "auto" else float(bound)
+        self.bound = float(self.model.forget_bound if bound == "auto" else bound)
         self.sparsity, self.sparsity_warmup = sparsity, sparsity_warmup
         self.proximal, self.grouping, self.norm = proximal, group, norm
         self.zero_threshold, self.drop_zero_groups = zero_threshold, drop_zero_groups
@@ -184,15 +187,19 @@ class GSLoRA(GradientMethod):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """One forward pass over both streams: retain loss, bounded forget loss, sparsity."""
         both, n_forget = joined(batch)
-        return self.data_terms(self.model.loss(both), both["weight"], n_forget) | self.penalty()
+        loss = self.model.loss_parts(both)
+        return self.data_terms(loss, both["weight"], n_forget) | self.penalty()
 
-    def data_terms(self, loss: Tensor, weight: Tensor, n_forget: int) -> dict[str, Tensor]:
+    def data_terms(self, loss: LossParts, weight: Tensor, n_forget: int) -> dict[str, Tensor]:
         """Retain loss and hinge on the forget loss, from per-sample losses of both streams."""
-        return {
-            "retain": self.global_mean(loss[n_forget:], weight[n_forget:]),
-            "forget": self.beta
-            * self.bounded(loss[:n_forget], weight[:n_forget], self.bound, record=True),
+        recognition, gone = loss.recognition[:n_forget], weight[:n_forget]
+        terms = {
+            "retain": self.global_mean(loss.total[n_forget:], weight[n_forget:]),
+            "forget": self.beta * self.bounded(recognition, gone, self.bound, record=True),
         }
+        if loss.rest is not None:
+            terms["forget_rest"] = self.beta * self.global_mean(loss.rest[:n_forget], gone)
+        return terms
 
     def bounded(self, values: Tensor, weight: Tensor, bound: float, record: bool = False) -> Tensor:
         """``ReLU(bound - mean(values))``, or the mean of the hinges with ``hinge="sample"``."""

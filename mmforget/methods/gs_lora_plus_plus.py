@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from mmforget.data.access import DataAccess
 from mmforget.data.split import Role
-from mmforget.errors import ConfigurationError, ModelError, suggest
+from mmforget.errors import CapabilityError, ConfigurationError, ModelError, suggest
 from mmforget.methods.base import joined, samples
 from mmforget.methods.gs_lora import GSLoRA
-from mmforget.models.base import HasFeatures, HasHead, HasLogits, HasLoss, Model, Sites
+from mmforget.models.base import HasHead, HasLogits, HasLoss, Model, Sites
 
 
 class GSLoRAPlusPlus(GSLoRA):
@@ -24,6 +24,7 @@ class GSLoRAPlusPlus(GSLoRA):
 
         w_forget * ReLU(prototype_bound - mean D(forget)) + w_retain * mean D(retain)
 
+    Features are those of the images of a classifier, and of the objects that a detector matches.
     Reads forget and retain inputs and labels; the prototypes take one pass over the training data
     before the first request and travel along the sequence. The prototype of a class is deleted once
     the class is forgotten; only one vector per class is kept. Classes without a sample have no
@@ -41,7 +42,8 @@ class GSLoRAPlusPlus(GSLoRA):
         reference: ``original`` keeps the prototypes of the first request; ``previous`` recomputes
             them from the model at the start of every request.
         prototype_data: ``all`` uses every training sample that is still there, ``buffer`` only the
-            samples that the method trains on (few shots, fraction).
+            samples that the method trains on (few shots, fraction), ``head`` the row of the head
+            that scores the class, without any data (the paper's choice for detectors).
 
     Raises:
         ModelError: the reference model does not classify better than chance, so that its features
@@ -52,7 +54,7 @@ class GSLoRAPlusPlus(GSLoRA):
         Vision Models, T-PAMI 2026, arXiv 2501.09705.
     """
 
-    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead, Sites, HasFeatures)
+    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead, Sites)
     access: ClassVar[DataAccess] = DataAccess(retain="full")
 
     prototypes: Tensor
@@ -86,7 +88,7 @@ class GSLoRAPlusPlus(GSLoRA):
         w_retain: float = 0.0,
         prototype_bound: float = 18.0,
         reference: Literal["original", "previous"] = "original",
-        prototype_data: Literal["all", "buffer"] = "all",
+        prototype_data: Literal["all", "buffer", "head"] = "all",
     ) -> None:
         super().__init__(
             model,
@@ -114,13 +116,20 @@ class GSLoRAPlusPlus(GSLoRA):
         )
         for name, value, valid in (
             ("reference", reference, ("original", "previous")),
-            ("prototype_data", prototype_data, ("all", "buffer")),
+            ("prototype_data", prototype_data, ("all", "buffer", "head")),
         ):
             if value not in valid:
                 raise ConfigurationError(f"`{name}` is '{value}', {suggest(value, valid)}")
         self.w_forget, self.w_retain = w_forget, w_retain
         self.prototype_bound = prototype_bound
         self.reference, self.prototype_data = reference, prototype_data
+        if not isinstance(getattr(self.model, "num_features", None), int):
+            raise CapabilityError(
+                f"GSLoRAPlusPlus needs features of instances, which {type(model).__name__} does "
+                "not offer; use GSLoRA, which has no prototypes"
+            )
+        if prototype_data == "head":
+            head_rows(self.model)  # refuses a head without one row per class
         classes, width = self.model.num_classes, self.model.num_features
         self.register_buffer("prototypes", torch.zeros(classes, width))
         self.register_buffer("prototype_known", torch.zeros(classes, dtype=torch.bool))
@@ -134,9 +143,15 @@ class GSLoRAPlusPlus(GSLoRA):
     def compute_prototypes(self) -> None:
         """Average the features of each class in one pass, in eval mode, adapters still neutral.
 
+        With ``prototype_data="head"`` they are read off the head instead, without any data.
+
         Raises:
             ModelError: the model does not classify these samples better than chance.
         """
+        if self.prototype_data == "head":
+            self.prototypes.copy_(head_rows(self.model))
+            self.prototype_known.fill_(True)
+            return
         self.model.eval()
         classes, width = self.prototypes.shape
         device = self.prototypes.device
@@ -148,11 +163,11 @@ class GSLoRAPlusPlus(GSLoRA):
             dataset = self.data.subset("train", role, whole=self.prototype_data == "all")
             for batch in self.data.loader(dataset):
                 batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
-                features, weight = self.model.features(batch), batch["weight"].double()
-                total.index_add_(0, batch["label"], features.double() * weight.unsqueeze(1))
-                count.index_add_(0, batch["label"], weight)
-                predicted = self.model.logits(batch, features=features).argmax(1)
-                correct += ((predicted == batch["label"]) * weight).sum()
+                seen = self.model.instances(batch)
+                weight = batch["weight"].double()[seen.row]
+                total.index_add_(0, seen.label, seen.features.double() * weight.unsqueeze(1))
+                count.index_add_(0, seen.label, weight)
+                correct += ((seen.logits.argmax(1) == seen.label) * weight).sum()
                 self.spend(
                     forget=samples(batch) if role == "forget" else 0,
                     retain=samples(batch) if role == "retain" else 0,
@@ -190,18 +205,39 @@ class GSLoRAPlusPlus(GSLoRA):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The terms of GS-LoRA and the two prototype terms, from one forward pass."""
         both, n = joined(batch)
-        features = self.model.features(both)
-        weight, label = both["weight"], both["label"]
-        terms = self.data_terms(self.model.loss(both, features=features), weight, n)
-        divergence = prototype_divergence(self.prototypes[label], features)
-        known = weight * self.prototype_known[label]
+        seen, weight = self.model.instances(both), both["weight"]
+        terms = self.data_terms(seen.loss, weight, n)
+        divergence = prototype_divergence(self.prototypes[seen.label], seen.features)
+        known = weight[seen.row] * self.prototype_known[seen.label]
+        gone = seen.row < n
         if self.w_forget:
             terms["prototype_forget"] = self.w_forget * self.bounded(
-                divergence[:n], known[:n], self.prototype_bound
+                divergence[gone], known[gone], self.prototype_bound
             )
         if self.w_retain:
-            terms["prototype_retain"] = self.w_retain * self.global_mean(divergence[n:], known[n:])
+            terms["prototype_retain"] = self.w_retain * self.global_mean(
+                divergence[~gone], known[~gone]
+            )
         return terms | self.penalty()
+
+
+def head_rows(model: Any) -> Tensor:
+    """The row of the head that scores each class, (C, d).
+
+    Raises:
+        CapabilityError: the head has not one row of the size of the features per class.
+    """
+    classes, width = model.num_classes, model.num_features
+    found = [
+        layer.weight[rows] for layer, rows in model.class_rows(range(classes))
+        if layer.weight[rows].shape == (classes, width)
+    ]  # fmt: skip
+    if len(found) != 1:
+        raise CapabilityError(
+            f"`prototype_data` is 'head', but the head of {type(model).__name__} has not one row "
+            f"of {width} numbers for each of {classes} classes; use 'all'"
+        )
+    return cast(Tensor, found[0].detach())
 
 
 def prototype_divergence(prototypes: Tensor, features: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class HeadOnly(GradientMethod):
         CapabilityError: the head has no linear layer with a bias.
     """
 
-    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasFeatures, HasHead)
+    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead)
     access: ClassVar[DataAccess] = DataAccess(forget_inputs=False, forget_labels=False)
     view: ClassVar[View | None] = "retain"
     control: ClassVar[bool] = True
@@ -66,7 +66,8 @@ class HeadOnly(GradientMethod):
             nn.init.trunc_normal_(drawn, std=0.02, generator=generator(seed, "head", number))
             with torch.no_grad():
                 layer.weight.copy_(drawn)
-                layer.bias.zero_()
+                # A detector's head begins by saying that nothing is there, which one number tells.
+                layer.bias.fill_(layer.bias.mean())
 
     def on_train_epoch_start(self) -> None:
         """The frozen layers stay in eval mode: no dropout, no new BatchNorm statistics."""
@@ -74,9 +75,11 @@ class HeadOnly(GradientMethod):
         self.model.eval()
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Retain loss of the new head on features without gradient."""
-        with torch.no_grad():
-            features = self.model.features(batch)
+        """Retain loss of the new head; where features can be had alone, without their graph."""
+        features = None
+        if isinstance(self.model, HasFeatures):
+            with torch.no_grad():
+                features = self.model.features(batch)
         loss = self.model.loss(batch, features=features)
         return {"retain": self.global_mean(loss, batch["weight"])}
 
@@ -85,4 +88,4 @@ class HeadOnly(GradientMethod):
         """Mask the rows of forgotten classes, if the request names classes."""
         split = self.data.split
         if split is not None and split.forget_classes + split.previous_classes:
-            mask_classes(output_layers("HeadOnly", self.model), split)
+            mask_classes(self.model, split)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
@@ -53,32 +52,29 @@ class LogitMask(ForgettingMethod):
                 "LogitMask masks classes, but the request names none; use it with a request for "
                 "`classes`"
             )
-        mask_classes(output_layers("LogitMask", self.model), split)
+        mask_classes(self.model, split)
 
 
-def mask_classes(layers: list[nn.Linear], split: ForgetSplit) -> None:
+def mask_classes(model: Model, split: ForgetSplit) -> None:
     """Set the rows of all forgotten classes to weight 0 and bias -10,000, in place."""
-    rows = list(split.forget_classes + split.previous_classes)
-    for layer in layers:
+    layer: Any
+    for layer, rows in model.class_rows(split.forget_classes + split.previous_classes):
         layer.weight[rows] = 0
         layer.bias[rows] = MASKED
 
 
-def output_layers(method: str, model: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a model's head that give class scores, at least one.
+def output_layers(method: str, model: Model) -> list[Any]:
+    """The layers of a model's head that give class scores, at least one, all with a bias.
 
     Raises:
         CapabilityError: the head has none, or one without a bias.
     """
-    layers = [
-        layer
-        for layer in model.head.modules()  # type: ignore[union-attr, operator]
-        if isinstance(layer, nn.Linear) and layer.out_features == model.num_classes
-    ]
+    layers: list[Any] = [layer for layer, _ in model.class_rows((0,))]
     if not layers:
+        head: Any = model.head
         raise CapabilityError(
             f"{method} needs a linear head, but that of {type(model).__name__} is a "
-            f"{type(model.head).__name__}; choose another method"
+            f"{type(head).__name__}; choose another method"
         )
     if any(layer.bias is None for layer in layers):
         raise CapabilityError(

@@ -15,10 +15,11 @@ from mmforget.models.base import HasLoss, Model
 class NegGradPlus(GradientMethod):
     """Minimises ``alpha * L(retain) - (1 - alpha) * L(forget)`` over all trainable weights.
 
-    The forget term has no bound: too small an `alpha` or too many epochs destroy the model. Both
-    streams go through one forward pass; the shorter one is cycled. (A known implementation leaves
-    out every step in which the two batches differ in size, and weighs both terms alike.) Reads
-    forget and retain inputs and labels.
+    Where the loss has parts that are no recognition, such as the boxes of a detector, these are
+    learnt on for the forget set too. The forget term has no bound: too small an `alpha` or too many
+    epochs destroy the model. Both streams go through one forward pass; the shorter one is cycled.
+    (A known implementation leaves out every step in which the two batches differ in size, and
+    weighs both terms alike.) Reads forget and retain inputs and labels.
 
     Args:
         model, copy, seed, lr, lr_min, weight_decay, optimizer, freeze_bn: see `GradientMethod`.
@@ -61,8 +62,12 @@ class NegGradPlus(GradientMethod):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Weighted retain loss and negated forget loss, from one forward pass."""
         both, n_forget = joined(batch)
-        loss, weight = self.model.loss(both), both["weight"]
-        return {
-            "retain": self.alpha * self.global_mean(loss[n_forget:], weight[n_forget:]),
-            "forget": (self.alpha - 1) * self.global_mean(loss[:n_forget], weight[:n_forget]),
+        loss, weight = self.model.loss_parts(both), both["weight"]
+        gone = weight[:n_forget]
+        terms = {
+            "retain": self.alpha * self.global_mean(loss.total[n_forget:], weight[n_forget:]),
+            "forget": (self.alpha - 1) * self.global_mean(loss.recognition[:n_forget], gone),
         }
+        if loss.rest is not None:
+            terms["forget_rest"] = (1 - self.alpha) * self.global_mean(loss.rest[:n_forget], gone)
+        return terms

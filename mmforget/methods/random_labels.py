@@ -18,9 +18,9 @@ from mmforget.models.base import HasLogits, HasLoss, Model
 class RandomLabels(GradientMethod):
     """Minimises ``L(retain) + forget_weight * L(forget with random labels)``, all weights trained.
 
-    Labels are drawn by (seed, sample id, epoch), so they depend neither on the loader nor on the
-    number of processes. Both streams go through one forward pass. Reads forget and retain inputs
-    and labels.
+    Labels, also those of the objects in an image, are drawn by (seed, sample id, epoch), so they
+    depend neither on the loader nor on the number of processes. Both streams go through one forward
+    pass. Reads forget and retain inputs and labels.
 
     Published variants differ in what may be drawn, and rarely say so: here a label is never one of
     a forgotten class, and never the true one (with ``exclude_true=False``: uniform over all
@@ -88,16 +88,22 @@ class RandomLabels(GradientMethod):
 
         Args:
             ids: (B,) sample ids.
-            labels: (B,) true labels.
+            labels: (B,) true labels, or (B, K) of objects, negative where there is none.
 
         Returns:
-            (B,) int64 class indices on the device of `labels`.
+            As `labels`, int64 class indices on its device; what was negative stays so.
 
         Raises:
             RequestError: fewer than two labels are left to draw from.
         """
+        if labels.ndim == 2:  # every object of an image gets a label of its own
+            columns = [self._draw(ids, column, (place,)) for place, column in enumerate(labels.T)]
+            return torch.where(labels < 0, labels, torch.stack(columns, dim=1))
+        return self._draw(ids, labels, ())
+
+    def _draw(self, ids: Tensor, labels: Tensor, place: tuple[int, ...]) -> Tensor:
         epoch = self.current_epoch if self.resample else 0
-        chance = uniform(ids.cpu().numpy(), self.seed, "random-label", epoch)
+        chance = uniform(ids.cpu().numpy(), self.seed, "random-label", epoch, *place)
         true = labels.cpu().numpy()
         if self.exclude_true:
             drawn = draw_other(chance, true, self._allowed())

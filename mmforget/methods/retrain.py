@@ -41,8 +41,8 @@ class Retrain(GradientMethod):
         self.copied = True
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
-        """The model's own loss on retained samples."""
-        return {"retain": self.global_mean(self.model.loss(batch), batch["weight"])}
+        """What the model was trained with, on retained samples."""
+        return {"retain": self.global_mean(self.model.training_loss(batch), batch["weight"])}
 
     def configure_optimizers(self) -> Any:
         """The model's own optimizer and schedule."""

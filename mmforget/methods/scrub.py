@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mmforget.data.access import DataAccess
 from mmforget.errors import ConfigurationError
 from mmforget.methods.base import GradientMethod, OptimizerName, detached_copy, samples
-from mmforget.models.base import Batch, HasLogits, Model
+from mmforget.models.base import Batch, HasFeatures, HasLogits, HasLoss, Model
 
 
 class SCRUB(GradientMethod):
@@ -44,7 +44,7 @@ class SCRUB(GradientMethod):
         Unlearning, NeurIPS 2023, arXiv 2302.09880.
     """
 
-    requires: ClassVar[tuple[type, ...]] = (HasLogits,)
+    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasFeatures)
     access: ClassVar[DataAccess] = DataAccess(forget_labels=False)
 
     def __init__(
@@ -113,21 +113,22 @@ class SCRUB(GradientMethod):
             apart, _ = self._compare(part)
             return {"forget": -self.global_mean(apart, part["weight"])}
         part = batch["retain"]
-        apart, logits = self._compare(part)
-        cross_entropy = F.cross_entropy(logits, part["label"], reduction="none")
+        apart, features = self._compare(part)
+        cross_entropy = self.model.loss(part, features=features)
         return {
             "retain": self.w_ce * self.global_mean(cross_entropy, part["weight"]),
             "teacher": self.w_kl * self.global_mean(apart, part["weight"]),
         }
 
     def _compare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Divergence of the student from the teacher (B,), and the student's logits (B, C)."""
+        """Divergence of the student from the teacher (B,), and the student's features (B, d)."""
         with torch.no_grad():
             teacher = F.log_softmax(self.teacher.logits(batch) / self.temperature, dim=-1)
-        logits = self.model.logits(batch)
+        features = self.model.features(batch)
+        logits = self.model.logits(batch, features=features)
         student = F.log_softmax(logits / self.temperature, dim=-1)
         apart = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-        return self.temperature**2 * apart, logits
+        return self.temperature**2 * apart, features
 
     def count(self, batch: Any) -> None:
         """Student forward and backward, teacher forward, over the samples of the phase."""

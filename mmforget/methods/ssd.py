@@ -14,7 +14,14 @@ from mmforget.data.base import ForgetDataModule
 from mmforget.errors import ConfigurationError, DivergenceError, NoOpError, suggest
 from mmforget.methods.base import StatisticsMethod, samples
 from mmforget.methods.importance import ImportanceKind, PerSampleImportance
-from mmforget.models.base import Batch, HasLogits, HasLoss, Model, check_capabilities
+from mmforget.models.base import (
+    Batch,
+    HasFeatures,
+    HasLogits,
+    HasLoss,
+    Model,
+    check_capabilities,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +130,11 @@ class SSD(StatisticsMethod):
             model,
             (HasLogits,) if kind == "abs_l2_output" else (HasLoss,),
         )
+        if search and not isinstance(model, HasFeatures):
+            raise ConfigurationError(
+                f"`search` counts right answers, of which {type(model).__name__} gives none per "
+                "sample; set `alpha_rel` instead"
+            )
         if reference == "auto":
             reference = "D" if chosen else "D_r"
         self.kind, self.reference = kind, reference

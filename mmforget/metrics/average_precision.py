@@ -71,8 +71,8 @@ def average_precision(
     if not objects:
         return Precision(None, None, {}, {}, 0)
     scale = COCO_MIDDLE / middle  # sizes are fixed in the metric, the pixels are not
-    metric = MeanAveragePrecision(
-        class_metrics=True, max_detection_thresholds=[1, min(10, most), most]
+    metric = MeanAveragePrecision(  # `class_metrics` would evaluate everything twice
+        extended_summary=True, max_detection_thresholds=[1, min(10, most), most]
     )
     metric.warn_on_many_detections = False
     for found, there in zip(predictions, targets, strict=True):
@@ -80,11 +80,11 @@ def average_precision(
             [found | {"boxes": found["boxes"] * scale}], [there | {"boxes": there["boxes"] * scale}]
         )
     values = metric.compute()
+    # (overlaps, recalls, classes, sizes, limits); -1 for classes without objects
+    precision = values["precision"][:, :, :, 0, -1].mean(dim=(0, 1))
     by_class = {
         int(index): float(value)
-        for index, value in zip(
-            values["classes"].reshape(-1), values["map_per_class"].reshape(-1), strict=True
-        )
+        for index, value in zip(values["classes"].reshape(-1), precision, strict=True)
         if value >= 0
     }
     by_size = {size: float(values[f"map_{size}"]) for size in SIZES if values[f"map_{size}"] >= 0}

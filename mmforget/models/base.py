@@ -7,6 +7,7 @@ methods. A model never knows a method, and a method never names a concrete model
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,16 +34,17 @@ class LossParts(NamedTuple):
 
     Attributes:
         recognition: (B,) what the model says it is: all of a classifier's loss.
-        rest: (B,) everything else, such as where a detector draws its boxes.
+        rest: (B,) everything else, such as where a detector draws its boxes; None if there is
+            nothing else.
     """
 
     recognition: Tensor
-    rest: Tensor
+    rest: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """(B,) the loss."""
-        return self.recognition + self.rest
+        return self.recognition if self.rest is None else self.recognition + self.rest
 
 
 class Instances(NamedTuple):
@@ -321,8 +323,7 @@ class Model(LightningModule):
         A family whose loss has parts that are no recognition overrides this.
         """
         own: Any = self  # offers `HasLoss`
-        loss = own.loss(batch)
-        return LossParts(loss, torch.zeros_like(loss))
+        return LossParts(own.loss(batch))
 
     def training_loss(self, batch: Batch) -> Tensor:
         """(B,) what training from scratch minimises: the loss and what helps it to converge."""
@@ -342,8 +343,17 @@ class Model(LightningModule):
             logits=own.logits(batch, features=features),
             label=batch["label"],
             row=torch.arange(len(loss), device=loss.device),
-            loss=LossParts(loss, torch.zeros_like(loss)),
+            loss=LossParts(loss),
         )
+
+    @property
+    def forget_bound(self) -> float:
+        """The recognition loss at which a sample counts as unknown: ``2 ln C``.
+
+        Twice the cross-entropy of a uniform prediction over C classes.
+        """
+        own: Any = self  # offers `HasLogits`
+        return 2 * math.log(own.num_classes)
 
     def class_rows(self, classes: Sequence[int]) -> list[tuple[nn.Module, list[int]]]:
         """The layers that score classes, each with the rows of its weight that score these.

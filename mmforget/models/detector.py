@@ -108,7 +108,7 @@ class Detector(Model):
         self.register_buffer("mean", torch.tensor(tuple(mean)))
         self.register_buffer("std", torch.tensor(tuple(std)))
         if weights is not None:
-            native.load(self.network, weights, allow_pickle)
+            detector_files.load(self.network, weights, allow_pickle)
         self._wrap()
         if num_classes is not None and num_classes != self.num_classes:
             raise ModelError(
@@ -137,7 +137,7 @@ class Detector(Model):
     @property
     def kind(self) -> Any:
         """The network behind the common contract; always around the weights of this model."""
-        kind = self._wrapped[0]
+        kind: Any = self._wrapped[0]
         kind.network = self.network
         kind.mean, kind.std = self.mean, self.std
         return kind
@@ -206,6 +206,11 @@ class Detector(Model):
         """Return (B, C): the highest score of each class anywhere in the picture, as a logit."""
         found: Tensor = self.kind.logits(batch["image"], batch["extent"])
         return found
+
+    @property
+    def forget_bound(self) -> float:
+        """15, as published for the weighted classification loss of Deformable DETR."""
+        return 15.0
 
     @property
     def head(self) -> nn.Module:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from mmforget.errors import MissingFileError, ModelError, WeightsError, suggest
 from mmforget.models import native
 from mmforget.models.detectors.base import DetectionNetwork
 from mmforget.models.native import Architecture
-from mmforget.models.weights import write_weights
+from mmforget.models.weights import put_weights, read_weights, without_wrapper, write_weights
 
 DetectorLibrary = Literal["transformers", "torchvision"]
 
@@ -32,6 +34,8 @@ PROCESSORS = {
 }
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PROCESSOR_FILE = "preprocessor_config.json"
+USUAL_EPS = 1e-5
+"""What batch normalisation adds to the variance, unless the network says otherwise."""
 
 
 def build(architecture: Architecture, pretrained: bool = False) -> nn.Module:
@@ -111,6 +115,7 @@ def _build_torchvision(architecture: Architecture, pretrained: bool) -> nn.Modul
     ]
     if name not in choices:
         raise ModelError(f"torchvision has no detector '{name}', {suggest(name, choices)}")
+    _check_arguments(name, architecture.args)
     args: dict[str, Any] = {"weights": None, "weights_backbone": None, **architecture.args}
     if pretrained:
         args["weights"] = "DEFAULT"
@@ -118,6 +123,23 @@ def _build_torchvision(architecture: Architecture, pretrained: bool) -> nn.Modul
         # torchvision counts the background, except in FCOS, where class 0 is never asked for
         args["num_classes"] = architecture.num_classes + 1
     return cast(nn.Module, models.get_model(name, **args))
+
+
+def _check_arguments(name: str, args: dict[str, Any]) -> None:
+    """Refuse arguments that a builder of torchvision would swallow without a word."""
+    from torchvision.models import detection, get_model_builder
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+    kinds = {
+        "fasterrcnn": detection.FasterRCNN,
+        "retinanet": detection.RetinaNet,
+        "fcos": detection.FCOS,
+    }
+    readers = [get_model_builder(name), kinds[name.partition("_")[0]], GeneralizedRCNNTransform]
+    known = {key for reader in readers for key in inspect.signature(reader).parameters}
+    for key in args:
+        if key not in known - {"kwargs"}:
+            raise ModelError(f"'{name}' has no argument '{key}', {suggest(key, sorted(known))}")
 
 
 def wrapped(network: nn.Module, mean: Tensor, std: Tensor) -> DetectionNetwork:
@@ -193,13 +215,17 @@ def save(
     if hasattr(network, "config"):
         _save_transformers(network, folder, mean, std, class_names)
         return
+    # whoever builds it again needs no downloads, since all weights are here
+    nothing = {"weights": None, "weights_backbone": None}
+    frozen = [m.eps for m in network.modules() if isinstance(m, FrozenBatchNorm2d)]
     about = {
         "library": "torchvision",
         "task": "detection",
         "name": architecture.name if architecture else None,
-        "network_args": architecture.args if architecture else None,
+        "network_args": architecture.args | nothing if architecture else None,
         "num_classes": architecture.num_classes if architecture else None,
         "class_names": list(class_names),
+        "frozen_batch_norm_eps": frozen[0] if frozen else None,
     }
     (folder / native.CONFIG_FILE).write_text(json.dumps(about, indent=2) + "\n")
     write_weights(network, folder / native.WEIGHTS_FILE)
@@ -218,7 +244,8 @@ def _save_transformers(
         network.config.id2label = dict(enumerate(class_names))
         network.config.label2id = {name: i for i, name in enumerate(class_names)}
     network.config._name_or_path = ""  # where it once lay is nobody's business
-    network.save_pretrained(folder)
+    with native.without_bars():
+        network.save_pretrained(folder)
     kind = getattr(transformers, PROCESSORS[network.config.model_type])
     # pictures come as they are: whoever wants another size says so
     processor = kind(do_resize=False, do_normalize=True, image_mean=list(mean), image_std=list(std))
@@ -287,5 +314,37 @@ def read_network(folder: Path, architecture: Architecture) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten at once
         network = build(architecture)
-    native.load(network, native.weights_file(folder))
+    eps = json.loads((folder / native.CONFIG_FILE).read_text()).get("frozen_batch_norm_eps")
+    load(network, native.weights_file(folder), eps=USUAL_EPS if eps is None else eps)
     return network
+
+
+def load(
+    network: nn.Module, path: str | Path, allow_pickle: bool = False, eps: float = USUAL_EPS
+) -> None:
+    """Replace all weights of a network; see `mmforget.models.native.load`.
+
+    torchvision freezes the batch normalisation of a trained backbone, but not that of an untrained
+    one, so a network that is built for given weights is frozen where these have no counts.
+
+    Args:
+        network: the network, changed in place.
+        path: a file in the format of the network's library.
+        allow_pickle: execute the code in a pickle.
+        eps: of frozen batch normalisation.
+
+    Raises:
+        MissingFileError, WeightsError: see `mmforget.models.native.load`.
+    """
+    if hasattr(network, "config"):
+        native.load(network, path, allow_pickle)
+        return
+    weights = without_wrapper(read_weights(path, allow_pickle), network)
+    expected = network.state_dict()
+    for name, module in list(network.named_modules()):
+        count = f"{name}.num_batches_tracked"
+        if isinstance(module, nn.BatchNorm2d) and count in expected and count not in weights:
+            parent, _, child = name.rpartition(".")
+            frozen = FrozenBatchNorm2d(module.num_features, eps)
+            setattr(network.get_submodule(parent), child, frozen)
+    put_weights(network, weights, path)

@@ -12,7 +12,8 @@ import importlib
 import json
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -370,7 +371,8 @@ def _save_transformers(network: Any, saved: Saved, folder: Path) -> None:
     if saved.class_names:
         network.config.id2label = dict(enumerate(saved.class_names))
         network.config.label2id = {name: i for i, name in enumerate(saved.class_names)}
-    network.save_pretrained(folder)
+    with without_bars():
+        network.save_pretrained(folder)
     size = getattr(network.config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     processor = {
@@ -539,16 +541,31 @@ def load(network: nn.Module, path: str | Path, allow_pickle: bool = False) -> No
 
 def _present_names(network: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give weights of transformers the names of this version; its files keep those of the first."""
-    loaded, report = type(network).from_pretrained(
-        None,
-        config=network.config,
-        state_dict=dict(weights),
-        ignore_mismatched_sizes=True,  # `put_weights` finds what does not fit, for all libraries
-        output_loading_info=True,
-    )
+    with without_bars():
+        loaded, report = type(network).from_pretrained(
+            None,
+            config=network.config,
+            state_dict=dict(weights),
+            ignore_mismatched_sizes=True,  # `put_weights` finds what does not fit
+            output_loading_info=True,
+        )
     named = {k: v for k, v in loaded.state_dict().items() if k not in report["missing_keys"]}
     named |= {key: weights[key] for key in report["unexpected_keys"] if key in weights}
     return named | {key: weights[key] for key, *_ in report["mismatched_keys"] if key in weights}
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for every file that it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def weights_file(folder: Path) -> Path:

@@ -21,11 +21,13 @@ from mmforget.report.words import (
     MEMORIES,
     MEMORY_KINDS,
     METRICS,
+    PARTS,
     PROMPTS,
     ROLES,
     SPLIT_ROLES,
     STAGES,
     UNITS,
+    is_detection,
     is_gan,
     is_generator,
     is_memorization,
@@ -123,8 +125,10 @@ def split_text(split: str) -> str:
     stage, _, role = split.replace("/", "_").partition("_")
     if stage in STAGES and role in SPLIT_ROLES:
         return f"{SPLIT_ROLES[role]} · {STAGES[stage]}"
-    if stage in STAGES and role.startswith("missing_"):
-        return f"missing class {role.removeprefix('missing_')} · {STAGES[stage]}"
+    if stage in STAGES:
+        for prefix, words in PARTS.items():
+            if role.startswith(prefix):
+                return f"{words}{role.removeprefix(prefix)} · {STAGES[stage]}"
     return split.replace("_", " ")
 
 
@@ -383,6 +387,14 @@ def reading(results: Results) -> str:
             "negative prompt is the original model told to avoid what was to be erased: what "
             "anybody can have without any method."
         )
+    if is_detection(results):
+        return (
+            f"Small numbers are {intervals}. Average precision is that of COCO over the named "
+            "classes only, on images that hold one of their objects. z is the distance to the "
+            "retrained models in their standard deviations, or in the smallest difference that "
+            "counts if that is more; “there” is the way covered from the original (0\u2009%) to "
+            "the retrained models (100\u2009%)."
+        )
     return (
         f"Small numbers are {intervals}. z is the distance to the retrained models in their "
         "standard deviations, or in the smallest difference that counts if that is more; “there” "
@@ -408,7 +420,7 @@ class Figure:
 
 
 def key_figures(results: Results) -> list[Figure]:
-    """Accuracy on what was to go, to stay, and went before; of the one unlearned model."""
+    """How good it is on what was to go, to stay, and went before; of the one unlearned model."""
     unlearned = results.by_role("unlearned")
     if len(unlearned) != 1:
         return []
@@ -434,6 +446,13 @@ def key_figures(results: Results) -> list[Figure]:
 
 def _read_first(results: Results) -> list[tuple[str, str, str]]:
     """Metric, split and title of the key figures."""
+    if is_detection(results):
+        return [
+            ("average_precision", "test_forget", "Average precision, forgotten"),
+            ("average_precision", "test_retain", "Average precision, retained"),
+            ("average_precision", "test_previous", "Average precision, forgotten earlier"),
+            ("found_rate", "test_forgotten", "Forgotten objects still found"),
+        ]
     if not is_generator(results):
         return [
             ("accuracy", "test_forget", "Accuracy on forgotten data"),
@@ -470,7 +489,7 @@ def _read_first(results: Results) -> list[tuple[str, str, str]]:
 
 
 def sequence_rows(results: Results) -> list[tuple[str, list[str]]]:
-    """After every request: accuracy on forget, retain and previously forgotten data."""
+    """After every request: accuracy or average precision on forget, retain and earlier data."""
     steps: dict[int, dict[str, Mapping[str, Any]]] = {}
     for row in results.sequence:
         steps.setdefault(row["step"], {})[row["split"]] = row

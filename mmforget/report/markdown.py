@@ -68,22 +68,22 @@ def track_table(tracks: Sequence[pictures.Track]) -> Markdown:
 
 
 def relearning_table(results: Results, key: str) -> Markdown:
-    """Accuracy at the last step of the relearning attack, per model, rate and seed."""
+    """What is back at the last step of the relearning attack, per model, rate and seed."""
     last: dict[tuple[str, float, int], tuple[int, float]] = {}
     for row in results.curves[key]:
         run = (row["model"], row["learning_rate"], row["seed"])
         last[run] = max(last.get(run, (-1, 0.0)), (row["step"], row["accuracy"]))
     return table(
-        ["model", "learning rate", "seed", "steps", "accuracy"],
+        ["model", "learning rate", "seed", "steps", words.measure(results)],
         [[*run, step, content.percent(value)] for run, (step, value) in last.items()],
     )
 
 
 def forgetting_table(results: Results) -> Markdown:
-    """Accuracy per split over the epochs of every request."""
+    """Accuracy or average precision per split over the epochs of every request."""
     rows = results.curves.get("forgetting", [])
     return table(
-        ["request", "epoch", "split", "accuracy"],
+        ["request", "epoch", "split", words.measure(results)],
         [[r["step"], r["epoch"], r["split"], content.percent(r["accuracy"])] for r in rows],
     )
 

@@ -22,7 +22,7 @@ from mmforget.report.content import (
     title_of,
     with_unit,
 )
-from mmforget.report.words import SPLIT_ROLES
+from mmforget.report.words import SPLIT_ROLES, is_detection, measure
 
 MAX_CLASSES = 24
 MAX_CONFUSED = 12
@@ -129,7 +129,7 @@ def forgetting_chart(results: Results) -> LineChart | None:
         for step, found in epochs.items()
     )
     return LineChart(
-        "Accuracy while forgetting",
+        f"{measure(results).capitalize()} while forgetting",
         "",
         series,
         ticks,
@@ -175,9 +175,10 @@ def relearning_chart(results: Results, key: str) -> LineChart | None:
         series.append(Series(entry.name, f"role-{entry.role}", dash, _path(sorted(points)), ""))
     ticks = tuple((100 * part / 2, number(round(last * part / 2))) for part in range(3))
     layers = "all layers" if key == "relearning" else "last layer only"
-    return LineChart(
-        f"Relearning the forgotten data, {layers}", "steps of the attack", tuple(series), ticks
-    )
+    title = f"Relearning the forgotten data, {layers}"
+    if is_detection(results):
+        title = "Average precision while relearning the forgotten classes"
+    return LineChart(title, "steps of the attack", tuple(series), ticks)
 
 
 ATTACK_GROUPS = {
@@ -416,7 +417,8 @@ def prediction_rows(found: Sequence[Picture]) -> list[list[str]]:
 class Strip:
     """Pictures of one prompt by several models: (title, role, base64 PNG), equal seeds in columns.
 
-    The role of the training picture is ``training``, that of pictures after an attack the model's.
+    Of detectors one image with the boxes of several models. The role of the training picture and of
+    labelled boxes is ``training``, that of pictures after an attack the model's.
 
     Attributes:
         prompt: what was asked for.
@@ -435,15 +437,16 @@ def strips(results: Results, kind: str) -> list[Strip]:
     """Rows of pictures of one kind: original first, then unlearned models, then controls.
 
     Of memorized pictures the training picture comes first, and after each model what an attack has
-    brought back in it.
+    brought back in it; of detectors the labelled boxes come first.
     """
     examples = [e for e in results.examples if e["kind"] == kind and "images" in e]
     attacked = {name for example in examples for name in example.get("attacked", {})}
     found = []
     for example in examples:
         images: list[tuple[str, str, str]] = []
-        if "training" in example:
-            images.append(("training picture", "training", example["training"]))
+        for key, title in (("training", "training picture"), ("labelled", "labelled boxes")):
+            if key in example:
+                images.append((title, "training", example[key]))
         for entry in results.models:
             if entry.name in example["images"]:
                 images.append((entry.name, entry.role, example["images"][entry.name]))

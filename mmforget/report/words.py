@@ -19,6 +19,9 @@ OUTCOMES: dict[str, tuple[str, str]] = {
 ANSWERS_ONLY = ("Forgotten in its answers, not shown inside", "≈")
 """A model that answers as asked while a check of its inside, or of privacy, failed."""
 
+BOXES_ONLY = ("Forgotten in its boxes, but boxes bring it back", "≈")
+"""A detector that no longer finds it, while it relearns more than a retrained one."""
+
 PICTURES_ONLY = ("Forgotten in its pictures, but not every check holds", "≈")
 """A generator that no longer draws it when asked, while an attack or a required value failed."""
 
@@ -45,11 +48,28 @@ def is_gan(results: Results) -> bool:
     return bool(results.data.get("kind") == "gan")
 
 
+def is_detection(results: Results) -> bool:
+    """Whether the audit was one of detectors; what it calls accuracy is average precision."""
+    return bool(results.data.get("kind") == "detection")
+
+
+def measure(results: Results) -> str:
+    """What the rows of `Results.sequence`, the curves and the classes hold under ``accuracy``."""
+    return "average precision" if is_detection(results) else "accuracy"
+
+
+def things(results: Results) -> str:
+    """What was forgotten: images, or objects in them."""
+    return "objects" if is_detection(results) else "images"
+
+
 def headline(results: Results) -> tuple[str, str, str]:
     """Label, sign and style of the verdict; green only if every check holds."""
     outcome = results.verdict.outcome
     failed = any(check.passed is False for check in results.checks)
     if outcome == "forgotten" and failed:
+        if is_detection(results):
+            return (*BOXES_ONLY, "damaged")
         return (*(PICTURES_ONLY if is_generator(results) else ANSWERS_ONLY), "damaged")
     if outcome == "removed" and failed:
         return (*REMOVED_ONLY, "damaged")
@@ -99,6 +119,17 @@ SPLIT_ROLES = {
     "all": "all",
     "missing": "missing classes",
 }
+
+PARTS = {
+    "missing_": "missing class ",
+    "class_": "class ",
+    "retain_beside": "retain, beside forgotten objects",
+    "retain_apart": "retain, no forgotten object near",
+    "retain_small": "retain, small objects",
+    "retain_medium": "retain, medium objects",
+    "retain_large": "retain, large objects",
+}
+"""Starts of roles that are a part of one, in words; what follows is a name."""
 
 PROMPTS = {
     "target": "prompts with",
@@ -153,8 +184,11 @@ EXAMPLES = {
     "edited": "Other latents, edited towards what was erased",
     "after_attack": "After an attack",
     "native": "References and filters",
+    "boxes_forgotten": "Images with forgotten objects only",
+    "boxes_both": "Images with forgotten and retained objects",
+    "boxes_changed": "Retained images that changed most",
 }
-"""Kinds of pictures in generator audits."""
+"""Kinds of pictures in audits of generators and detectors."""
 
 AFTER_ATTACK = (
     "Pictures after an attack are drawn from the embedding that it found, from other noise."
@@ -165,6 +199,12 @@ SEARCH = (
     "it does not draw pictures that nobody was trained on."
 )
 """Explanation of the curves of an embedding search."""
+
+BOXES = (
+    "Boxes of forgotten classes are rust red, all others blue. Labelled boxes come from the data; "
+    "those of models are drawn from a score of"
+)
+"""Explanation of pictures with boxes; a number follows."""
 
 UNITS = {"seconds": "s", "passes": ""}
 """Units that are printed otherwise than they are written; `passes` are named by the metric."""
@@ -226,6 +266,54 @@ METRICS: dict[str, tuple[str, str]] = {
         "Zero-retrain forgetting",
         "How much the answers on forgotten images resemble those of an untrained network. More is "
         "not better: the goal is the value of a retrained model.",
+    ),
+    "average_precision": (
+        "Average precision",
+        "COCO's measure, mean over the overlaps 0.50 to 0.95: whether a class's objects are found, "
+        "framed tightly, and ranked above false alarms. Only images that hold an object of the "
+        "named classes count, and only their boxes.",
+    ),
+    "average_precision_50": (
+        "Average precision at 0.50",
+        "The same for boxes that overlap their object by half: framing hardly counts.",
+    ),
+    "average_precision_drop": (
+        "Average precision lost",
+        "On retained classes, against the original model; the price of forgetting.",
+    ),
+    "worst_class_precision_drop": (
+        "Worst class drop",
+        "The largest loss of average precision of a single retained class: an average hides a "
+        "ruined neighbour.",
+    ),
+    "neighbour_average_precision": (
+        "Next to forgotten objects",
+        "Average precision of retained objects in images that also hold a forgotten one, and in "
+        "all others: forgetting must not blind the model to what stands beside.",
+    ),
+    "found_rate": (
+        "Objects found",
+        "Share of labelled objects on which a box of their own class lies (overlap 0.50) with the "
+        "score that the report names.",
+    ),
+    "moved_rate": (
+        "Objects taken for another class",
+        "Share of forgotten objects on which only boxes of other classes lie. Where almost all go "
+        "to one class, it gives away what was removed.",
+    ),
+    "vanished_rate": (
+        "Objects without any box",
+        "Share of forgotten objects that have become background.",
+    ),
+    "false_boxes": (
+        "Boxes of forgotten classes",
+        "Per test image, wherever they lie, right or wrong. A retrained model has none.",
+    ),
+    "relearn_average_precision": (
+        "Relearned average precision",
+        "On forgotten classes, after fine-tuning on a few images with their boxes, the same for "
+        "all models; below it, what is left of the retained classes. What comes back beyond a "
+        "retrained model was remembered, not learnt.",
     ),
     "membership_auc": (
         "Membership attack (AUC)",

@@ -28,6 +28,7 @@ BASES = (
     ".pruning",
     ".memory_fine_tuning",
     ".generator_editing",
+    ".data.detection",
 )
 EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
 

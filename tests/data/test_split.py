@@ -282,3 +282,93 @@ def test_attack_half_is_stratified_and_does_not_depend_on_order_or_other_samples
     assert (attack_half(test.ids[dogs], test.labels[dogs], 0) == mask[dogs]).all()
     assert (attack_half(test.ids, test.labels, 1) != mask).any()
     assert attack_half(test.ids, None, 0).sum() == len(test.ids) // 2
+
+
+# ---- images with objects of several classes -----------------------------------------------------
+
+SCENES = ((0,), (0, 1), (1, 2), (2,), (), (0, 3), (0, 1, 2), (1,))
+"""Classes of eight images with the ids 10 to 80; elk is only seen together with cat."""
+
+
+def scenes(*requests: ForgetRequest, free: bool = False, **limits: object) -> ForgetSplit:
+    labels = np.zeros((len(SCENES), 4), dtype=bool)
+    for row, classes in enumerate(SCENES):
+        labels[row, list(classes)] = True
+    data: dict[Stage, Labelled] = {
+        stage: Labelled(
+            1000 * number + 10 * np.arange(1, 9),
+            labels,
+            stage,
+            labels if free and stage == "train" else None,
+        )
+        for number, stage in enumerate(("train", "val", "test"))
+    }
+    return make_split(data, NAMES, requests, Limits(**limits), 0)
+
+
+def roles(result: ForgetSplit, stage: str = "train", first: int = 0) -> list[list[int]]:
+    """Image numbers by role: forget, retain, previous, missing."""
+    return [
+        [(id - first) // 10 for id in result.ids[f"{stage}/{role}"]]
+        for role in ("forget", "retain", "previous", "missing")
+    ]
+
+
+def test_scenes_play_every_role_of_which_they_hold_an_object() -> None:
+    cat, dog = ForgetRequest(classes=("cat",)), ForgetRequest(classes=("dog",))
+    every = [[1, 2, 6, 7], [2, 3, 4, 5, 6, 7, 8], [], []]
+    assert roles(scenes(cat)) == roles(scenes(cat), "test", 2000) == every
+    assert roles(scenes(cat, dog)) == [[2, 3, 7, 8], [3, 4, 5, 6, 7], [1, 2, 6, 7], []]
+
+
+def test_scenes_that_show_what_is_forgotten_can_be_kept_out_of_the_retain_set() -> None:
+    cat, dog = ForgetRequest(classes=("cat",)), ForgetRequest(classes=("dog",))
+    assert roles(scenes(cat, free=True)) == [[1, 2, 6, 7], [3, 4, 5, 8], [], []]
+    assert roles(scenes(cat, free=True), "val", 1000)[1] == [2, 3, 4, 5, 6, 7, 8]
+    assert roles(scenes(cat, dog, free=True))[1] == [4, 5]
+
+
+def test_scenes_with_missing_classes_are_not_retained_in_training() -> None:
+    result = scenes(ForgetRequest(classes=("cat",)), missing_classes=("owl",))
+    assert roles(result) == [[1, 2, 6, 7], [2, 5, 6, 8], [], []]
+    assert roles(result, "val", 1000)[1] == [2, 3, 4, 5, 6, 7, 8]
+    assert roles(result, "val", 1000)[3] == [3, 4, 7]
+
+
+def test_scenes_that_are_named_go_as_a_whole() -> None:
+    named = ForgetRequest(samples=(20, 60))
+    assert roles(scenes(named)) == [[2, 6], [1, 3, 4, 5, 7, 8], [], []]
+    later = scenes(named, ForgetRequest(classes=("cat",)))
+    assert roles(later) == [[1, 7], [3, 4, 5, 7, 8], [2, 6], []]
+
+
+def test_shots_of_scenes_are_images_of_each_class() -> None:
+    cat = ForgetRequest(classes=("cat",))
+    result = scenes(cat, shots=1)
+    forget, retain, *_ = roles(result)
+    assert len(forget) == 1
+    for index in (1, 2, 3):
+        assert any(index in SCENES[number - 1] for number in retain)
+    assert 5 not in retain  # background is no class
+    # elk has no image that is free of cat: there is none to take, but the others are limited
+    assert 1 <= len(roles(scenes(cat, free=True, shots=1))[1]) <= 2
+    with pytest.raises(DataError, match="`shots` is 2, but class 'elk' has only 1"):
+        scenes(cat, shots=2)
+    earlier = roles(scenes(cat, ForgetRequest(classes=("elk",)), shots=1))[1]
+    assert set(earlier) <= set(retain)
+
+
+def test_requests_of_scenes_without_an_object_to_forget_are_refused() -> None:
+    with pytest.raises(
+        RequestError, match="names image 50, which has no box that is not forgotten"
+    ):
+        scenes(ForgetRequest(samples=(50,)))
+    gone = ForgetRequest(classes=("dog",))
+    with pytest.raises(
+        RequestError, match="names image 80, which has no box that is not forgotten"
+    ):
+        scenes(gone, ForgetRequest(samples=(20, 80)))
+    bare = {stage: Labelled(one.ids, np.eye(4, dtype=bool)[one.labels], one.hash)
+            for stage, one in stages((5, 5, 5, 0)).items()}  # fmt: skip
+    with pytest.raises(RequestError, match="names class 'elk', of which no training image has a"):
+        make_split(bare, NAMES, [ForgetRequest(classes=("cat", "elk"))], Limits(), 0)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mmforget.models.base import Instances, LossParts
@@ -109,3 +110,20 @@ class DetectionNetwork(ABC):
     def head(self) -> nn.Module:
         """The layer that gives the final class scores."""
         return self.network.get_submodule(self.head_names[0])
+
+
+def log_odds(scores: Tensor) -> Tensor:
+    """What a sigmoid needs to give the probabilities of a softmax over the last dimension.
+
+    Args:
+        scores: (..., C) logits of classes that exclude each other.
+
+    Returns:
+        (..., C) logits, each of a class against all others together.
+    """
+    return odds_of(scores.float().log_softmax(-1))
+
+
+def odds_of(share: Tensor) -> Tensor:
+    """Logits of probabilities that are given as logarithms."""
+    return share - torch.log1p(-share.exp().clamp(max=1 - 1e-6))

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
 
 from mmforget.errors import ModelError
 from mmforget.models.base import Instances, LossParts
-from mmforget.models.detectors.base import DetectionNetwork, Detections, Objects
+from mmforget.models.detectors.base import DetectionNetwork, Detections, Objects, log_odds
 
 Targets = list[dict[str, Tensor]]
 """Per image ``class_labels`` (K,) and ``boxes`` (K, 4), centre and size as shares of the image."""
@@ -44,8 +44,8 @@ class QueryDetector(DetectionNetwork):
     The library divides by the objects of the whole batch instead, so that an image counts by how
     many objects it holds; for a single image the two agree.
 
-    Differs from the library in one number: Deformable DETR's focal loss counts twice, as in the
-    authors' code and in GS-LoRA's; in transformers it counts once.
+    Differs from the library in one number: the focal loss of Conditional and Deformable DETR counts
+    twice, as in the authors' code and in GS-LoRA's; in transformers it counts once.
 
     Args:
         network: ``...ForObjectDetection``.
@@ -124,8 +124,10 @@ class QueryDetector(DetectionNetwork):
     # ---- forward --------------------------------------------------------------------------------
 
     def _inputs(self, images: Tensor, extent: Tensor) -> dict[str, Tensor]:
-        """Normalised pixels, black beyond the picture, and the mask of the picture."""
-        height, width = images.shape[-2:]
+        """Normalised pixels, grey beyond the picture, and the mask of the picture."""
+        height, width = self._canvas(images)
+        missing = (0, width - images.shape[-1], 0, height - images.shape[-2])
+        images = F.pad(images, missing)
         rows = torch.arange(height, device=images.device) < extent[:, :1]
         columns = torch.arange(width, device=images.device) < extent[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
@@ -133,12 +135,18 @@ class QueryDetector(DetectionNetwork):
         pixels = (images - mean) / std * mask[:, None]
         return {"pixel_values": pixels, "pixel_mask": mask.long()}
 
+    def _canvas(self, images: Tensor) -> tuple[int, int]:
+        """Height and width of what the network sees: RT-DETR's levels must halve evenly."""
+        step = 1 if self.masked else max(self.config.feat_strides)
+        height, width = (-(-side // step) * step for side in images.shape[-2:])
+        return height, width
+
     def _size(self, images: Tensor, extent: Tensor) -> Tensor:
         """(B, 4) what boxes are shares of: width, height, width, height in pixels."""
         height, width = extent.T.to(images.dtype)
         if not self.masked:
-            height = torch.full_like(height, images.shape[-2])
-            width = torch.full_like(width, images.shape[-1])
+            rows, columns = self._canvas(images)
+            height, width = torch.full_like(height, rows), torch.full_like(width, columns)
         return torch.stack([width, height, width, height], dim=1)
 
     def _targets(self, images: Tensor, extent: Tensor, objects: Sequence[Objects]) -> Targets:
@@ -187,14 +195,14 @@ class QueryDetector(DetectionNetwork):
             pairs: who belongs to whom.
             groups: how often each object is paired (denoising repeats them).
         """
-        logits, boxes = logits.float(), boxes.float()
+        logits, boxes = _precise(logits), _precise(boxes)
         size = len(targets)
         counts = torch.tensor([len(t["class_labels"]) for t in targets], device=logits.device)
         normaliser = counts.clamp(min=1).float() * groups
         starts = counts.cumsum(0) - counts
         flat = starts[pairs.image] + pairs.place
         label = torch.cat([t["class_labels"] for t in targets])[flat]
-        target = torch.cat([t["boxes"] for t in targets])[flat].float()
+        target = torch.cat([t["boxes"] for t in targets])[flat].to(boxes)
         found = boxes[pairs.image, pairs.query]
         corners, goal = (box_convert(value, "cxcywh", "xyxy") for value in (found, target))
         distance = _per_image((found - target).abs().sum(1), pairs.image, size) / normaliser
@@ -283,6 +291,8 @@ class QueryDetector(DetectionNetwork):
         layers, noisy = range(logits.shape[1]), 0
         if noise is not None:
             noisy = noise["dn_num_split"][0]
+        if not self.config.auxiliary_loss:  # the library then takes the last layer and nothing else
+            return self._sum([(logits[:, -1, noisy:], boxes[:, -1, noisy:])], targets)
         total = self._sum(
             [(logits[:, i, noisy:], boxes[:, i, noisy:]) for i in layers]
             + [(output.enc_topk_logits, output.enc_topk_bboxes)],
@@ -309,11 +319,7 @@ class QueryDetector(DetectionNetwork):
         output = self.network(**self._inputs(images, extent))
         if self.kind != "detr":
             return output.logits.amax(1)
-        # log odds against everything else, which is what a sigmoid expects
-        scores = output.logits.float()
-        everything = scores.logsumexp(-1, keepdim=True)
-        share = (scores - everything)[..., : self.num_classes].amax(1)
-        return share - torch.log1p(-share.exp().clamp(max=1 - 1e-6))
+        return log_odds(output.logits)[..., : self.num_classes].amax(1)
 
     def detect(self, images: Tensor, extent: Tensor, most: int) -> list[Detections]:
         """The best pairs of query and class; `DetectionNetwork.detect`."""
@@ -326,9 +332,12 @@ class QueryDetector(DetectionNetwork):
         flat = scores.flatten(1)
         best, index = flat.topk(min(most, flat.shape[1]), dim=1)
         query, label = index // self.num_classes, index % self.num_classes
-        return [
-            Detections(boxes[row, query[row]], best[row], label[row]) for row in range(len(images))
-        ]
+        found = []
+        for row, score in enumerate(best):
+            real = score > 0  # a masked class is found nowhere
+            own = boxes[row, query[row][real]]
+            found.append(Detections(own, score[real], label[row][real]))
+        return found
 
     def class_rows(self, classes: Sequence[int]) -> list[tuple[nn.Module, list[int]]]:
         """Rows of the last class layer; DETR's last row says that nothing is there."""
@@ -340,6 +349,11 @@ def _has(network: nn.Module, name: str) -> bool:
         return isinstance(network.get_submodule(name), nn.Module)
     except AttributeError:
         return False
+
+
+def _precise(values: Tensor) -> Tensor:
+    """Half precision is too coarse for losses; single and double stay as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def _per_image(values: Tensor, image: Tensor, size: int) -> Tensor:
