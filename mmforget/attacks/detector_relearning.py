@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmforget.errors import CapabilityError, ConfigurationError, DataError, ModelError
+from mmforget.errors import CapabilityError, ConfigurationError, DataError, ModelError, suggest
 from mmforget.methods.base import detached_copy
 from mmforget.models.base import Batch, Model, state_hash
 from mmforget.models.detector import Detector
 from mmforget.seeds import derive, generator
+
+ShownBoxes = Literal["all", "forgotten"]
 
 Judge = Callable[[Model], float]
 """Average precision of a model, in [0, 1]; leaves the model as it is."""
@@ -29,8 +31,11 @@ class DetectorRelearningSettings:
     """Budget of the attacker; the same for every model.
 
     Args:
-        shots: training images per forgotten class; only the boxes of forgotten classes are used.
-        steps: of AdamW on all weights.
+        shots: training images per forgotten class.
+        boxes: of these images: ``all`` objects, or only the ``forgotten`` ones, where all others
+            count as background. That destroys what the model knows of them, and a network in which
+            the class was only masked then relearns hardly faster than a retrained one.
+        steps: of AdamW on all weights; 0 leaves the attack out of an audit.
         learning_rates: tried one after another; the one that brings most back counts.
         batch_size: images per step, all shots if there are fewer.
         evaluate_every: steps between two evaluations.
@@ -38,12 +43,13 @@ class DetectorRelearningSettings:
             at most as many with retained ones.
 
     Raises:
-        ConfigurationError: a number below its minimum.
+        ConfigurationError: a number below its minimum, or an unknown choice.
     """
 
     shots: int = 4
+    boxes: ShownBoxes = "all"
     steps: int = 40
-    learning_rates: tuple[float, ...] = (1e-3,)
+    learning_rates: tuple[float, ...] = (3e-4,)
     batch_size: int = 8
     evaluate_every: int = 10
     evaluation_images: int = 80
@@ -51,10 +57,15 @@ class DetectorRelearningSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         for name in ("shots", "steps", "batch_size", "evaluate_every", "evaluation_images"):
-            if getattr(self, name) < 1:
+            least = 0 if name == "steps" else 1
+            if getattr(self, name) < least:
                 raise ConfigurationError(
-                    f"`relearning.{name}` is {getattr(self, name)}, it must be at least 1"
+                    f"`relearning.{name}` is {getattr(self, name)}, it must be at least {least}"
                 )
+        if self.boxes not in get_args(ShownBoxes):
+            raise ConfigurationError(
+                f"`relearning.boxes` is '{self.boxes}', {suggest(self.boxes, get_args(ShownBoxes))}"
+            )
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ConfigurationError(
                 f"`relearning.learning_rates` is {self.learning_rates}; give positive numbers"
@@ -74,8 +85,7 @@ class DetectorCurve:
         learning_rate: of AdamW.
         steps: at which the model was evaluated, from 0 on.
         precision: average precision of the forgotten classes at these steps, in [0, 1].
-        retained: average precision of the retained classes after the last step; the attacker has
-            no boxes of theirs.
+        retained: average precision of the retained classes after the last step.
         diverged: the loss ceased to be finite; the precision stays where it was.
     """
 
@@ -105,7 +115,7 @@ def relearn_detector(
 
     Args:
         model: the victim, left as it is.
-        shots: a batch of labelled training images with boxes of forgotten classes only.
+        shots: a batch of labelled training images.
         forgotten: average precision of the forgotten classes.
         retained: average precision of the retained classes.
         settings: the budget.

@@ -62,6 +62,7 @@ def match(
     """
     objects = np.zeros((len(classes), len(targets)), dtype=np.int64)
     parts: list[list[_Part]] = [[] for _ in classes]
+    places = {index: place for place, index in enumerate(classes)}
     for row, (found, there) in enumerate(zip(predictions, targets, strict=True)):
         order = torch.argsort(-found["scores"], stable=True)
         label, scores = found["labels"][order].numpy(), found["scores"][order].numpy()
@@ -69,14 +70,15 @@ def match(
         overlap = _overlap(found["boxes"][order], there["boxes"], crowd)
         ignored = crowd | _outside(there["boxes"], areas)
         other_size = _outside(found["boxes"][order], areas)
-        for place, index in enumerate(classes):
+        for index in kind[~ignored].tolist():
+            if index in places:
+                objects[places[index], row] += 1
+        for index in places.keys() & set(label.tolist()):
             own, real = label == index, kind == index
-            objects[place, row] = (real & ~ignored).sum()
-            if own.any():
-                hit, counted = _greedy(
-                    overlap[own][:, real], crowd[real], ignored[real], other_size[own]
-                )
-                parts[place].append((np.full(len(hit[0]), row), scores[own], hit, counted))
+            hit, counted = _greedy(
+                overlap[own][:, real], crowd[real], ignored[real], other_size[own]
+            )
+            parts[places[index]].append((np.full(len(hit[0]), row), scores[own], hit, counted))
     return [_joined(own, objects[place]) for place, own in enumerate(parts)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def _precision(scene: DetectorScene, rows: Rows, name: str, split: str) -> None:
                 add(
                     "average_precision",
                     f"{stage}_class_{scene.class_names[index]}",
-                    lambda i=index: _of_class(scene, name, split, i),
+                    partial(_of_class, scene, name, split, index),
                 )
     if split.endswith("_retain"):
         for size in SIZES:
@@ -115,7 +116,7 @@ def _precision(scene: DetectorScene, rows: Rows, name: str, split: str) -> None:
                 add(
                     "average_precision",
                     f"{split}_{size}",
-                    lambda s=size: Measured(scene.precision(name, split).by_size.get(s)),
+                    partial(_of_size, scene, name, split, size),
                 )
 
 
@@ -126,6 +127,10 @@ def _of_class(scene: DetectorScene, name: str, split: str, index: int) -> Measur
     one = scene.parts[split]
     labels = [int(((o["labels"] == index) & (o["iscrowd"] == 0)).sum()) for o in one.objects]
     return Measured(value, None, sum(labels))
+
+
+def _of_size(scene: DetectorScene, name: str, split: str, size: str) -> Measured:
+    return Measured(scene.precision(name, split).by_size.get(size))
 
 
 def _joint(scene: DetectorScene, rows: Rows, name: str) -> None:
@@ -297,13 +302,12 @@ def measure_box_relearning(scene: DetectorScene, rows: Rows) -> dict[str, list[d
     """
     settings, seed = scene.settings.relearning, scene.settings.seed
     gone = scene.forgotten_classes
-    if settings is None or not gone or not scene.has("test_forgotten"):
+    if not settings.steps or not gone or not scene.has("test_forgotten"):
         return {}
     train: Any = scene.data.dataset("train")
     train = train.subset(np.argsort(train.ids))
-    train = train.showing(gone)
     drawn = draw_box_shots(train.classes, gone, settings.shots, seed)
-    shots = train[drawn.tolist()]
+    shots = (train if settings.boxes == "all" else train.showing(gone))[drawn.tolist()]
     judged = {
         split: _some(scene.parts[split], settings.evaluation_images, seed, split)
         for split in ("test_forgotten", "test_retain")

@@ -62,7 +62,7 @@ def not_measured(scene: DetectorScene, rows: Rows) -> list[str]:
         missing.append("Sensitivity of the audit: no controls were given")
     if not scene.forgotten_classes:
         missing.append("Relearning: it needs forgotten classes, the request names images")
-    elif scene.settings.relearning is None:
+    elif not scene.settings.relearning.steps:
         missing.append("Relearning: not run, so nothing inside was looked at")
     if not scene.settings.replicates:
         missing.append("Intervals of average precision: no replicates were asked for")
@@ -117,6 +117,6 @@ def provenance(scene: DetectorScene, seconds: float, command: str) -> dict[str, 
     settings.pop("tuning")
     device = scene.by_role("original")[0].model.device
     return environment(device, seconds, command) | {
-        "audit_settings": settings | {"relearning": settings["relearning"] or "not run"},
+        "audit_settings": settings,
         "request_hashes": list(scene.split.request_hashes),
     }

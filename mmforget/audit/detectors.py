@@ -53,7 +53,7 @@ class DetectorAuditSettings:
         min_original: average precision on the forgotten classes below which the original hardly
             finds them, so that nothing can be judged.
         examples: pictures of each kind in the report; 0 shows none, which a report on people needs.
-        relearning: budget of the relearning attack; None leaves it out.
+        relearning: budget of the relearning attack; 0 steps leave it out.
         tuning: how hyper-parameters were chosen and how many settings were tried, for the report.
 
     Raises:
@@ -70,9 +70,7 @@ class DetectorAuditSettings:
     max_class_drop: float = 0.1
     min_original: float = 0.1
     examples: int = 4
-    relearning: DetectorRelearningSettings | None = field(
-        default_factory=DetectorRelearningSettings
-    )
+    relearning: DetectorRelearningSettings = field(default_factory=DetectorRelearningSettings)
     tuning: str = ""
 
     def __post_init__(self) -> None:

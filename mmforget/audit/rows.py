@@ -131,7 +131,7 @@ METRICS: dict[str, Spec] = {
     ),
     "relearn_average_precision": _fraction(
         "relearning", "closer_to_retrained", 0.05,
-        "average precision of forgotten classes after fine-tuning on a few of their boxes",
+        "average precision of forgotten classes after fine-tuning on a few of their images",
     ),
     # privacy
     "membership_auc": _fraction(

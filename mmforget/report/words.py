@@ -311,7 +311,7 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "relearn_average_precision": (
         "Relearned average precision",
-        "On forgotten classes, after fine-tuning on a few images with their boxes, the same for "
+        "On forgotten classes, after fine-tuning on a few images that hold them, the same for "
         "all models; below it, what is left of the retained classes. What comes back beyond a "
         "retrained model was remembered, not learnt.",
     ),

@@ -191,10 +191,11 @@ def test_fewer_images_than_shots() -> None:
     ("field", "wrong"),
     [
         ("shots", 0),
-        ("steps", 0),
+        ("steps", -1),
         ("batch_size", 0),
         ("evaluate_every", 0),
         ("evaluation_images", 0),
+        ("boxes", "some"),
         ("learning_rates", ()),
         ("learning_rates", (0.0,)),
     ],
