@@ -1,8 +1,8 @@
-"""Classes forgotten by a detector, one after the other, beside retraining and controls.
+r"""Classes forgotten by a detector, one after the other, beside retraining and controls.
 
     python benchmarks/detector_table.py digits                  # three seeds, two processes
     python benchmarks/detector_table.py digits --seeds 0
-    python benchmarks/detector_table.py bccd --folder ../shared/data/bccd \\
+    python benchmarks/detector_table.py bccd --folder ../shared/data/bccd \
         --original runs/bccd/weights --retrained runs/bccd-retrained/weights
     python benchmarks/detector_table.py digits --render         # only write the table again
 
@@ -177,9 +177,9 @@ def render(part: str, work: Path) -> None:
         f"# Forgetting in a detector: {part}",
         "",
         f"`python benchmarks/detector_table.py {part}`: {asked}, of {len(names)} classes. Average "
-        "precision (AP, per cent, COCO's mean over overlaps 0.50 to 0.95) on test images, mean over "
-        "seeds with their range; *still found* and *another class*: share of forgotten objects with "
-        "a box of that kind; *relearnt*: after the attack with few boxes.",
+        "precision (AP, per cent, COCO's mean over overlaps 0.50 to 0.95) on test images, mean "
+        "over seeds with their range; *still found*, *another class*: share of forgotten objects "
+        "with a box of that kind; *relearnt*: after the stronger of two attacks with few boxes.",
         "",
         "| model | " + " | ".join(title for title, *_ in COLUMNS) + " | verdict |",
         "|---|" + "---|" * (len(COLUMNS) + 1),
@@ -225,18 +225,22 @@ def render(part: str, work: Path) -> None:
                 for step in range(steps + 1)
             ]  # fmt: skip
             lines.append(f"| {TITLES[method]} | {role} | " + " | ".join(cells) + " |")
-    lines += ["", "Seconds for all requests: " + ", ".join(
-        f"{TITLES[method]} {statistics.mean(entry.cost['seconds'] for one in runs for entry in one.by_role('unlearned')):.0f}"
-        for method, runs in found.items() if runs
-    ) + "."]  # fmt: skip
+    spent = {
+        TITLES[method]: statistics.mean(
+            entry.cost["seconds"] for one in runs for entry in one.by_role("unlearned")
+        )
+        for method, runs in found.items()
+        if runs
+    }
+    shown = ", ".join(f"{title} {seconds:.0f}" for title, seconds in spent.items())
+    lines += ["", f"Seconds for all requests, on a shared machine: {shown}."]
     pictures = [one for one in first[0].examples if one.get("images")][:2]
     for number, example in enumerate(pictures, start=1):
         for model in ("original", "unlearned", "retrained"):
             if model in example["images"]:
                 name = f"detector_{part}_{number}_{model}.png"
                 (RESULTS / name).write_bytes(base64.b64decode(example["images"][model]))
-                lines += ["", f"{example.get('prompt', example['kind'])}, {model} ({TITLES[METHODS[0]]}):",
-                          "", f"![{model}]({name})"]  # fmt: skip
+                lines += ["", f"{example['prompt']}, {model}:", "", f"![{model}]({name})"]
     text = "\n".join(lines) + "\n"
     (RESULTS / f"detector_{part}.md").write_text(text)
     print(text)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 
 from mmforget.artifacts.run_folder import atomic_write
 from mmforget.audit.cost import measured
-from mmforget.audit.families import quality_by_role
+from mmforget.audit.families import check_fits, quality_by_role
 from mmforget.data.base import ForgetDataModule
 from mmforget.errors import ConfigurationError, RequestError, WeightsError
 from mmforget.methods.base import ForgettingMethod, detached_copy
@@ -173,6 +173,7 @@ class SequenceRunner:
 
     Raises:
         RequestError: no request.
+        DataError: a detector with data that has no boxes, or a classifier with data that has.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class SequenceRunner:
     ) -> None:
         if not requests:
             raise RequestError("`request` is empty; name what shall be forgotten")
+        check_fits(model, data)
         self.model, self.method, self.data = model, method, data
         self.requests, self.trainer, self.folder = list(requests), trainer, folder
         for end in range(1, len(self.requests) + 1):  # refuse a bad one before the first starts

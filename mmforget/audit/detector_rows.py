@@ -351,6 +351,7 @@ def measure_box_relearning(scene: DetectorScene, rows: Rows) -> dict[str, list[d
                 "steps": settings.steps,
                 "shots": len(drawn),
                 "learning_rate": best.learning_rate,
+                "layers": best.layers,
                 "start": best.precision[0],
                 "retained": best.retained,
             },
@@ -364,11 +365,14 @@ def measure_box_relearning(scene: DetectorScene, rows: Rows) -> dict[str, list[d
             lambda n=name: outcome(n),  # type: ignore[misc]
         )
     return {
-        "relearning": [
+        key: [
             row
             for name in scene.names
-            for row in detector_curve_rows(found.get(scene.twin[name], []), name)
+            for row in detector_curve_rows(
+                [one for one in found.get(scene.twin[name], []) if one.layers == layers], name
+            )
         ]
+        for key, layers in (("relearning", "all"), ("relearning_head", "head"))
     }
 
 

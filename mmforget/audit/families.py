@@ -10,9 +10,31 @@ from mmforget.audit.results import Results
 from mmforget.audit.scene import AuditedModel, AuditSettings
 from mmforget.data.base import ForgetDataModule, Stage
 from mmforget.data.detection import DetectionDataModule
+from mmforget.errors import DataError
 from mmforget.models.base import Model
 from mmforget.models.detector import Detector
 from mmforget.request import ForgetRequest
+
+
+def check_fits(model: Model, data: ForgetDataModule) -> None:
+    """Refuse a detector with data that has no boxes, and a classifier with data that has.
+
+    Raises:
+        DataError: names both, and data that would fit.
+    """
+    scenes, detector = isinstance(data, DetectionDataModule), isinstance(model, Detector)
+    if scenes == detector:
+        return
+    name, given = type(model).__name__, type(data).__name__
+    if detector:
+        raise DataError(
+            f"`model` is a {name}, but `data` {given} has no boxes; take DigitScenes, CocoFolder "
+            "or HuggingFaceDetection"
+        )
+    raise DataError(
+        f"`data` {given} holds scenes with boxes, but `model` is a {name}; take a Detector, or "
+        "data with one label per image"
+    )
 
 
 def quality_by_role(
@@ -63,7 +85,12 @@ def audit_by_family(
         requests: see there.
         settings: of the class that `settings_for` names.
         options: what else these take.
+
+    Raises:
+        DataError: see `check_fits`.
     """
+    for one in models:
+        check_fits(one.model, data)
     if isinstance(data, DetectionDataModule):
         from mmforget.audit.detectors import audit_detector
 

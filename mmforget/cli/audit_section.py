@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+# The names of inherited fields' types are looked up here; without them a dotted option such as
+# `--audit.relearning.steps 5` would be taken for anything.
+from mmforget.attacks.detector_relearning import DetectorRelearningSettings  # noqa: F401
+from mmforget.attacks.relearning import RelearningSettings  # noqa: F401
 from mmforget.audit.detectors import DetectorAuditSettings
 from mmforget.audit.families import settings_for
 from mmforget.audit.scene import AuditSettings

@@ -22,6 +22,7 @@ from mmforget.errors import CapabilityError, ConfigurationError, DataError, Mode
 from mmforget.methods import LogitMask
 from mmforget.models.base import Model, state_hash
 from mmforget.testing.knowing_detector import KnowingDetector
+from mmforget.testing.tiny_detectors import tiny_detector
 
 TINY: dict[str, Any] = {
     "backbone_config": {
@@ -48,7 +49,9 @@ TINY: dict[str, Any] = {
     "decoder_layers": 2,
     "num_denoising": 6,
 }
-QUICK = DetectorRelearningSettings(steps=4, evaluate_every=2, learning_rates=(0.1,), batch_size=3)
+QUICK = DetectorRelearningSettings(
+    steps=4, evaluate_every=2, learning_rates=(0.1,), head_learning_rates=(), batch_size=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,12 @@ def data() -> DigitScenes:
 def shots(data: DigitScenes) -> Any:
     train: Any = data.dataset("train")
     return train.showing([7])[np.flatnonzero(train.classes[:, 7])[:4].tolist()]
+
+
+@pytest.fixture(scope="module")
+def tiny_shots() -> Any:
+    scenes = DigitScenes(scenes=4, eval_scenes=1, side=64)
+    return scenes.dataset("train")[list(range(4))]
 
 
 def strength(model: Model) -> float:
@@ -89,7 +98,9 @@ def test_a_forgotten_class_comes_back(data: DigitScenes, shots: Any) -> None:
 
 def test_one_curve_per_learning_rate(data: DigitScenes, shots: Any) -> None:
     victim = KnowingDetector(data, {"seven": -0.05})
-    settings = DetectorRelearningSettings(steps=3, evaluate_every=2, learning_rates=(0.01, 0.1))
+    settings = DetectorRelearningSettings(
+        steps=3, evaluate_every=2, learning_rates=(0.01, 0.1), head_learning_rates=()
+    )
     curves = relearn_detector(victim, shots, strength, rest, settings)
     assert [curve.learning_rate for curve in curves] == [0.01, 0.1]
     assert [curve.steps for curve in curves] == [(0, 2, 3)] * 2
@@ -98,6 +109,30 @@ def test_one_curve_per_learning_rate(data: DigitScenes, shots: Any) -> None:
     assert [row["step"] for row in rows] == [0, 2, 3] * 2
     assert {row["model"] for row in rows} == {"victim"}
     assert rows[-1]["accuracy"] == curves[1].precision[-1]
+
+
+def test_the_head_alone_is_attacked_too(tiny_shots: Any) -> None:
+    victim = tiny_detector("rt_detr")
+    trained: list[dict[str, Any]] = []
+
+    def remember(model: Model) -> float:
+        trained.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0.0
+
+    settings = DetectorRelearningSettings(steps=2, learning_rates=(), head_learning_rates=(0.1,))
+    (curve,) = relearn_detector(victim, tiny_shots, remember, lambda _: 0.0, settings)
+    assert curve.layers == "head"
+    before, after = trained[0], trained[-1]
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    head = f"network.{victim.kind.head_names[0]}"
+    assert changed == {f"{head}.weight", f"{head}.bias"}
+
+
+def test_both_attacks_are_run_by_default(tiny_shots: Any) -> None:
+    settings = DetectorRelearningSettings(steps=1)
+    victim = tiny_detector("rt_detr")
+    curves = relearn_detector(victim, tiny_shots, lambda _: 0.0, lambda _: 0.0, settings)
+    assert [curve.layers for curve in curves] == ["all", "head"]
 
 
 def test_a_mask_is_taken_off_first(data: DigitScenes, shots: Any) -> None:
@@ -148,7 +183,9 @@ def test_a_real_network(shots: Any) -> None:
         assert not model.training
         return 0.5
 
-    settings = DetectorRelearningSettings(steps=2, evaluate_every=1, learning_rates=(1e-3,))
+    settings = DetectorRelearningSettings(
+        steps=2, evaluate_every=1, learning_rates=(1e-3,), head_learning_rates=()
+    )
     torch.manual_seed(7)
     state = torch.random.get_rng_state()
     (first,) = relearn_detector(victim, shots, judge, judge, settings)
@@ -196,13 +233,18 @@ def test_fewer_images_than_shots() -> None:
         ("evaluate_every", 0),
         ("evaluation_images", 0),
         ("boxes", "some"),
-        ("learning_rates", ()),
         ("learning_rates", (0.0,)),
+        ("head_learning_rates", (-1.0,)),
     ],
 )
 def test_settings_out_of_range(field: str, wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"relearning.{field}"):
         DetectorRelearningSettings(**{field: wrong})
+
+
+def test_an_attack_needs_a_learning_rate() -> None:
+    with pytest.raises(ConfigurationError, match="are both empty"):
+        DetectorRelearningSettings(learning_rates=(), head_learning_rates=())
 
 
 def test_only_detectors_and_only_with_boxes(data: DigitScenes, shots: Any) -> None:

@@ -31,7 +31,12 @@ HIDDEN = {"three": -0.05, "seven": -0.05}
 """Weights of a model that finds the two again after a few steps."""
 
 ATTACK = DetectorRelearningSettings(
-    shots=2, steps=6, evaluate_every=3, learning_rates=(0.05,), evaluation_images=30
+    shots=2,
+    steps=6,
+    evaluate_every=3,
+    learning_rates=(0.05,),
+    head_learning_rates=(),
+    evaluation_images=30,
 )
 QUICK = DetectorAuditSettings(
     replicates=0, examples=0, relearning=DetectorRelearningSettings(steps=0)
