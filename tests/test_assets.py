@@ -95,3 +95,25 @@ def note(name: str) -> dict[str, Any]:
 def real_pictures() -> tuple[torch.Tensor, list[DigitFacts]]:
     data = DigitWorld().dataset("test")
     return data.images(np.arange(len(data))), facts(data.ids)
+
+
+def test_the_detectors_find_what_their_notes_say() -> None:
+    """On a part of the test scenes, so within what a part may differ by."""
+    from mmforget import DigitScenes, load_detector
+    from mmforget.audit.detector_outputs import role_precision
+
+    data = DigitScenes(scenes=8, eval_scenes=80)
+    data.request(*(ForgetRequest(classes=(digit,)) for digit in ("three", "seven", "five")))
+    for name, seen in (("detector", True), ("detector_retrained", False)):
+        found = {
+            row["split"]: row["average_precision"]
+            for row in role_precision(load_detector(ASSETS / name), data)
+        }
+        noted = note(name)["test_average_precision"]
+        for split, value in found.items():
+            assert value == pytest.approx(noted[split]["average_precision"], abs=0.12)
+            known = seen or split == "retain"
+            assert value > 0.7 if known else value < 0.25
+        assert note(name)["forgotten"] == ([] if seen else ["three", "seven", "five"])
+        weights = ASSETS / name / "model.safetensors"
+        assert weights.stat().st_size < 4_000_000

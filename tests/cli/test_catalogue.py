@@ -59,6 +59,10 @@ def model_of(entry: Entry, classifier: Model) -> Model:
         return DiffusionGenerator(tiny_pipeline("sd"))
     if entry.name == "ImageGAN":
         return ImageGAN("dcgan")
+    if entry.name == "Detector":
+        from mmforget.testing.tiny_detectors import tiny_detector
+
+        return tiny_detector("rt_detr")
     return load_clip() if entry.name == "ClipModel" else classifier
 
 
@@ -90,12 +94,14 @@ def test_nothing_public_is_missing() -> None:
 
 
 def test_fits() -> None:
-    classifier, generator, gan, clip = MODELS
+    classifier, detector, generator, gan, clip = MODELS
     pictures = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
     latents = {m.name for m in METHODS if "HasLatents" in m.capabilities}
     assert {m.name for m in METHODS if fits(m, generator)} == pictures | {"Identity"}
     assert {m.name for m in METHODS if fits(m, gan)} == latents | {"Identity"}
     assert {m.name for m in METHODS if fits(m, clip)} == {"Identity"}
+    labelled = {m.name for m in METHODS} - pictures - latents
+    assert {m.name for m in METHODS if fits(m, detector)} == labelled - {"SCRUB"}
     assert all(fits(m, classifier) == (m.name not in pictures | latents) for m in METHODS)
     assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
 
