@@ -36,8 +36,8 @@ def few_scenes() -> ForgetDataModule:
 
 
 def many_scenes() -> ForgetDataModule:
-    """240 training and 80 test scenes with the same request."""
-    data = DigitScenes(scenes=240, eval_scenes=80, batch_size=16)
+    """160 training and 60 test scenes with the same request."""
+    data = DigitScenes(scenes=160, eval_scenes=60, batch_size=16)
     data.request(ForgetRequest(classes=("seven",)))
     return data
 

@@ -18,9 +18,11 @@ from mmforget.methods import (
 )
 from mmforget.testing.detection_conformance import DetectorMethodChecks
 
-# One row per method: settings that forget one of ten digits within a few epochs of 240 scenes.
+# One row per method: settings that forget one of ten digits within a few epochs of 160 scenes.
 ROWS = {
-    "GSLoRA": DetectorMethodChecks(lambda m: GSLoRA(m, beta=1.0, hinge="sample", bound=6.0)),
+    "GSLoRA": DetectorMethodChecks(
+        lambda m: GSLoRA(m, lr=3e-2, beta=1.0, hinge="sample", bound=6.0), effect_epochs=4
+    ),
     "GSLoRAPlusPlus": DetectorMethodChecks(
         lambda m: GSLoRAPlusPlus(
             m, beta=1.0, hinge="sample", bound=6.0, prototype_data="head", w_retain=0.01

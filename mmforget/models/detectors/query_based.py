@@ -173,7 +173,14 @@ class QueryDetector(DetectionNetwork):
             boxes: (B, Q, 4) as shares.
             targets: per image.
         """
-        found = self.matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, targets)
+        # The matcher computes in single precision and stops at what is not finite; whoever trains
+        # shall see the loss, which is not finite either.
+        given = {
+            "logits": logits.float().nan_to_num(),
+            "pred_boxes": boxes.float().nan_to_num(),
+        }
+        goals = [one | {"boxes": one["boxes"].float()} for one in targets]
+        found = self.matcher(given, goals)
         image, query, place = [], [], []
         for row, (queries, places) in enumerate(found):
             order = places.argsort()  # objects in the order in which they were given
