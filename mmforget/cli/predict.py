@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ HELP = """
 usage: mmforget predict [-c FILE] [options]
 
 Writes a CSV file with one row per test image: its id, its class if known, the predicted class and
-the probability of that.
+its probability; of a detector with one row per box: image, class, score and sides in pixels.
 
 options, all of them also as keys of the YAML file:
   -c, --config FILE       YAML file; options after it change single values
@@ -31,6 +32,8 @@ examples:
 """
 
 COLUMNS = ("id", "label", "prediction", "probability")
+BOX_COLUMNS = ("id", "prediction", "score", "left", "top", "right", "bottom")
+"""One row per detection, in pixels; labelled boxes are in the data."""
 
 
 def run(args: list[str]) -> int:
@@ -47,6 +50,7 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.artifacts.run_folder import atomic_write
     from mmforget.cli.train import TrainCLI
     from mmforget.errors import ConfigurationError, RunExistsError
+    from mmforget.models.detector import Detector
 
     path = Path(str(settings.get("out") or "predictions.csv"))
     if path.exists() and not shows_options(settings):
@@ -63,16 +67,37 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     batches: list[Any] = cli.trainer.predict(cli.model, cli.datamodule.loader(data)) or []
     text = io.StringIO()
     table = csv.writer(text)
-    table.writerow(COLUMNS)
+    boxes = isinstance(cli.model, Detector)
+    table.writerow(BOX_COLUMNS if boxes else COLUMNS)
     rows = 0
     for batch in batches:
-        top = batch["probability"].max(dim=1).values.tolist()
-        found = zip(batch["id"].tolist(), batch["prediction"].tolist(), top, strict=True)
-        for sample, prediction, probability in found:
-            label = names[labels[sample]] if sample in labels else ""
-            table.writerow((sample, label, names[prediction], f"{probability:.6f}"))
+        found = _detections(batch, names) if boxes else _answers(batch, names, labels)
+        for row in found:
+            table.writerow(row)
             rows += 1
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, text.getvalue())
     print(f"{rows} predictions: {path}")
     return 0
+
+
+def _answers(
+    batch: Mapping[str, Any], names: Sequence[str], labels: Mapping[int, int]
+) -> Iterator[tuple[Any, ...]]:
+    """One row per image of a classifier."""
+    top = batch["probability"].max(dim=1).values.tolist()
+    found = zip(batch["id"].tolist(), batch["prediction"].tolist(), top, strict=True)
+    for sample, prediction, probability in found:
+        label = names[labels[sample]] if sample in labels else ""
+        yield sample, label, names[prediction], f"{probability:.6f}"
+
+
+def _detections(batch: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """One row per detection, best first within an image."""
+    images = zip(
+        batch["id"].tolist(), batch["boxes"], batch["scores"], batch["labels"], strict=True
+    )
+    for sample, boxes, scores, labels in images:
+        rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
+        for box, score, label in rows:
+            yield sample, names[label], f"{score:.6f}", *(f"{side:.2f}" for side in box)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from mmforget.audit.cost import measured
+from mmforget.audit.families import check_fits
 from mmforget.cli import building
 from mmforget.cli.parsing import Parser, explained, import_known_classes
 from mmforget.cli.settings import requests_from
@@ -103,6 +104,7 @@ class TrainCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Load a model that was given by name, make the request, choose the training data."""
         self.model = building.load_model(self.model)
+        check_fits(self.model, self.datamodule)
         if self.requests:
             self.datamodule.request(*self.requests)
         if self.config.get("view"):

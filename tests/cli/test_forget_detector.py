@@ -114,6 +114,14 @@ def test_fit_and_validate_and_predict(original: Path, capsys: pytest.CaptureFixt
     assert json.loads(Path("new/weights/training.json").read_text())["cost"]["sample_passes"] > 0
     assert main(["validate", "--model", "new/weights", *common]) == 0
     assert "val/ap" in capsys.readouterr().out
+    assert main(["predict", "--model", "new/weights", *common, "--out", "boxes.csv"]) == 0
+    head, *rows = Path("boxes.csv").read_text().splitlines()
+    assert head == "id,prediction,score,left,top,right,bottom"
+    assert len({row.split(",")[0] for row in rows}) == 12
+    assert all(0 <= float(side) <= 64 for row in rows for side in row.split(",")[3:])
+    other = ["--data", "DigitWorld", "--data.strokes", "20"]
+    assert main(["predict", "--model", "new/weights", *other, "--out", "none.csv"]) == 2
+    assert "has no boxes" in capsys.readouterr().err
 
 
 CONFIGS = sorted(

@@ -76,9 +76,7 @@ ROWS = {
     ),
 }
 # Training on a real, if small, generator takes 10 to 30 seconds.
-EFFECTS = [
-    pytest.param(row, marks=[] if row in ("UCE", "ESD-lora") else pytest.mark.slow) for row in ROWS
-]
+EFFECTS = [pytest.param(row, marks=[] if row == "UCE" else pytest.mark.slow) for row in ROWS]
 
 
 @pytest.mark.parametrize("check", [n for n in ConceptMethodChecks.names() if n != "effect"])

@@ -309,6 +309,7 @@ def test_the_discriminator_is_kept_beside_it(tiny: ImageGAN, tmp_path: Path) -> 
     assert load_gan(with_it, check=False).discriminator is None
 
 
+@pytest.mark.slow
 def test_the_program_runs_without_mmforget(classes: ImageGAN, tmp_path: Path) -> None:
     classes.save_program(tmp_path)
     latents = classes.draw(5, 7)
