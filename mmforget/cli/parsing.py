@@ -91,7 +91,15 @@ def find_class(name: str, base: type) -> Any:
 
 def class_names(base: type) -> list[str]:
     """Short names of all imported, instantiable subclasses."""
-    return sorted({cls.__name__ for cls in _subclasses(base) if not inspect.isabstract(cls)})
+    return sorted({cls.__name__ for cls in _subclasses(base) if not _is_abstract(cls)})
+
+
+def _is_abstract(cls: type) -> bool:
+    """Whether a method is left open; `inspect.isabstract` knows only classes of ABCMeta."""
+    return any(
+        getattr(inspect.getattr_static(cls, name), "__isabstractmethod__", False)
+        for name in dir(cls)
+    )
 
 
 def _subclasses(base: type) -> Iterator[type]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,22 +11,20 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from mmforget.errors import AccessError, MissingFileError, ModelError
 from mmforget.models import native
-from mmforget.models.base import Batch, Model, Site, SiteKind
+from mmforget.models.base import Batch, Site, SiteKind
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.native import Architecture, Library, Saved
-from mmforget.models.recipe import adamw_with_cosine, check_recipe, steps_of
-from mmforget.seeds import derive
+from mmforget.models.recipe import TrainedModel, check_recipe
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.pt)(?<!\.pth)(?<!\.ckpt)")
 """``owner/name``; what ends like a weights file is a file that does not exist."""
 
 
-class ImageClassifier(Model):
+class ImageClassifier(TrainedModel):
     """A classification network with its normalisation, its training recipe and its parts by name.
 
     Offers `HasLoss`, `HasLogits`, `HasFeatures`, `HasHead` and `Sites`. Images are (B, 3, H, W)
@@ -264,15 +261,7 @@ class ImageClassifier(Model):
                 "again; give `network` as a name, as the import path of a class "
                 "(library='custom') or as a function that builds it"
             )
-        with torch.random.fork_rng(devices=[]):  # networks are built on the CPU
-            torch.default_generator.manual_seed(derive(seed, "fresh"))
-            network = native.redrawn(architecture, self.network)
-        native.to_device_of(network, self.network)
-        # everything else is copied; the trainer stays with this model
-        kept: dict[int, Any] = {id(self.network): network}
-        if self._trainer is not None:
-            kept[id(self._trainer)] = None
-        return copy.deepcopy(self, kept).train()
+        return self.with_network(seed, lambda: native.redrawn(architecture, self.network))
 
     def _recognised(self) -> Architecture | None:
         """How the network is built, also if it was given as an object of timm or transformers."""
@@ -281,17 +270,6 @@ class ImageClassifier(Model):
         return self.architecture
 
     # ---- training -----------------------------------------------------------------------------
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the samples of a batch of the view ``full`` or ``retain``.
-
-        The mean is that of the batch of all processes, whose gradients are averaged.
-        """
-        weight = batch["weight"]
-        total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum").clamp(min=1)
-        loss = self.trainer.world_size * (self.loss(batch) * weight).sum() / total
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(weight))
-        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
@@ -328,45 +306,17 @@ class ImageClassifier(Model):
         }
 
     def _count(self, stage: str, batch: Batch, loader: int) -> None:
-        name = self._metric_name(stage, loader)
+        name = f"{stage}/accuracy{self.role_of(stage, loader)}"
         if name not in self._accuracy:
             metric = MulticlassAccuracy(self.num_classes, average="micro")
             self._accuracy[name] = metric.to(self.device)
         real = batch["weight"] > 0
         self._accuracy[name].update(self.logits(batch)[real], batch["label"][real])
 
-    def _metric_name(self, stage: str, loader: int) -> str:
-        loaders = getattr(self.trainer, f"{stage}_dataloaders")
-        if not isinstance(loaders, list | tuple) or len(loaders) == 1:
-            return f"{stage}/accuracy"
-        data: Any = getattr(self.trainer, "datamodule", None)
-        names = data.eval_names(stage) if hasattr(data, "eval_names") else range(len(loaders))
-        return f"{stage}/accuracy/{names[loader]}"
-
     def _log_accuracy(self) -> None:
         for name, metric in self._accuracy.items():
             self.log(name, metric.compute(), prog_bar=True)  # compute adds up all processes
         self._accuracy = {}
-
-    def configure_optimizers(self) -> Any:
-        """AdamW whose rate changes after every step; see `optimizers_for`."""
-        steps = steps_of(self.trainer.estimated_stepping_batches)
-        optimizer, scheduler = self.optimizers_for(steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def optimizers_for(self, total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-        """The recipe of this model for a given number of steps; needs no trainer.
-
-        Args:
-            total_steps: number of optimizer steps, at least 1.
-
-        Returns:
-            The optimizer over all trainable parameters, and the scheduler to step after each step.
-        """
-        return adamw_with_cosine(self.network, self.lr, self.weight_decay, self.warmup, total_steps)
 
 
 class MeanHead(nn.Module):

@@ -9,21 +9,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from mmforget.errors import AccessError, MissingFileError, ModelError
 from mmforget.models import detector_files, native
-from mmforget.models.base import Batch, Instances, LossParts, Model, Site, SiteKind
+from mmforget.models.base import Batch, Instances, LossParts, Site, SiteKind
 from mmforget.models.classifier import HUB_ID
 from mmforget.models.detector_files import DetectorLibrary
 from mmforget.models.detectors.base import Detections, Objects
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.native import Architecture
-from mmforget.models.recipe import adamw_with_cosine, check_recipe, steps_of
-from mmforget.seeds import derive
+from mmforget.models.recipe import TrainedModel, check_recipe
 
 
-class Detector(Model):
+class Detector(TrainedModel):
     """A detection network with its normalisation, its training recipe and its parts by name.
 
     DETR, Conditional DETR, Deformable DETR and RT-DETR of transformers; Faster R-CNN, RetinaNet and
@@ -253,24 +251,11 @@ class Detector(Model):
         Raises:
             ModelError: the network was given as an object of torchvision.
         """
-        with torch.random.fork_rng(devices=[]):  # networks are built on the CPU
-            torch.default_generator.manual_seed(derive(seed, "fresh"))
-            network = detector_files.redrawn(self.architecture, self.network)
-        native.to_device_of(network, self.network)
-        kept: dict[int, Any] = {id(self.network): network}
-        if self._trainer is not None:
-            kept[id(self._trainer)] = None
-        return copy.deepcopy(self, kept).train()
+        return self.with_network(
+            seed, lambda: detector_files.redrawn(self.architecture, self.network)
+        )
 
     # ---- training -------------------------------------------------------------------------------
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean training loss over the images of the batch of all processes."""
-        weight = batch["weight"]
-        total = self.trainer.strategy.reduce(weight.sum(), reduce_op="sum").clamp(min=1)
-        loss = self.trainer.world_size * (self.training_loss(batch) * weight).sum() / total
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(weight))
-        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start collecting."""
@@ -310,13 +295,7 @@ class Detector(Model):
     def _collect(self, stage: str, batch: Batch, loader: int) -> None:
         from torchmetrics.detection import MeanAveragePrecision
 
-        loaders = getattr(self.trainer, f"{stage}_dataloaders")
-        name = ""
-        if isinstance(loaders, list | tuple) and len(loaders) > 1:
-            data: Any = getattr(self.trainer, "datamodule", None)
-            names = data.eval_names(stage) if hasattr(data, "eval_names") else range(len(loaders))
-            name = f"/{names[loader]}"
-        key = f"{stage}/{{}}{name}"
+        key = f"{stage}/{{}}{self.role_of(stage, loader)}"
         if key not in self._precision:
             self._precision[key] = MeanAveragePrecision().to(self.device)
         self._precision[key].update(*compared(self.detect(batch), batch))
@@ -327,23 +306,6 @@ class Detector(Model):
             self.log(key.format("ap"), values["map"], prog_bar=True)
             self.log(key.format("ap50"), values["map_50"])
         self._precision = {}
-
-    def configure_optimizers(self) -> Any:
-        """AdamW whose rate changes after every step; see `optimizers_for`."""
-        steps = steps_of(self.trainer.estimated_stepping_batches)
-        optimizer, scheduler = self.optimizers_for(steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def optimizers_for(self, total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-        """The recipe of this model for a given number of steps; needs no trainer.
-
-        Args:
-            total_steps: number of optimizer steps, at least 1.
-        """
-        return adamw_with_cosine(self.network, self.lr, self.weight_decay, self.warmup, total_steps)
 
 
 def compared(
