@@ -17,7 +17,7 @@ from mmforget.audit.scene import draw
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE = 320
+SIDE = 480
 """Longer side of a picture in pixels, about: small scenes are enlarged by whole numbers."""
 
 GONE, KEPT = (193, 57, 24), (24, 92, 176)
@@ -25,6 +25,9 @@ GONE, KEPT = (193, 57, 24), (24, 92, 176)
 
 MOST_BOXES = 25
 """Boxes drawn in one picture; the most confident ones."""
+
+CROWDED = 8
+"""With more boxes than that, only those of forgotten classes are named: names would hide it all."""
 
 SHOWN_ROLES = ("original", "unlearned", "retrained")
 """Controls would crowd them out."""
@@ -137,6 +140,8 @@ def drawn(
         pen.rectangle(edges, outline=colour, width=3)
     for index in reversed(order):
         colour = GONE if labels[index] in forgotten else KEPT
+        if colour == KEPT and len(labels) > CROWDED:
+            continue
         left, top, _, bottom = (boxes[index] * scale).tolist()
         text = scene.class_names[labels[index]]
         text += f" {scores[index]:.2f}" if scores else ""

@@ -201,8 +201,8 @@ SEARCH = (
 """Explanation of the curves of an embedding search."""
 
 BOXES = (
-    "Boxes of forgotten classes are rust red, all others blue. Labelled boxes come from the data; "
-    "those of models are drawn from a score of"
+    "Boxes of forgotten classes are rust red, all others blue, and unnamed where there are many. "
+    "Labelled boxes come from the data; those of models are drawn from a score of"
 )
 """Explanation of pictures with boxes; a number follows."""
 

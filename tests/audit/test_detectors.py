@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmforget import DigitScenes, DigitWorld, ForgetRequest
 from mmforget.artifacts.manifest import Manifest
 from mmforget.artifacts.model_card import model_card
 from mmforget.attacks.detector_relearning import DetectorRelearningSettings
+from mmforget.audit.detector_pictures import drawn
 from mmforget.audit.detectors import DetectorAuditSettings, audit_detector
 from mmforget.audit.results import ModelEntry, Results
 from mmforget.audit.scene import AuditedModel
@@ -409,7 +412,7 @@ def test_small_scenes_are_enlarged(ideal: Results) -> None:
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(ideal.examples[0]["labelled"])))
-    assert image.size == (320, 320)
+    assert image.size == (512, 512)  # eight times as large
 
 
 def test_pages_call_it_average_precision(ideal: Results, tmp_path: Path) -> None:
@@ -454,6 +457,18 @@ def test_model_card(ideal: Results) -> None:
 def test_comparison_of_two_audits(ideal: Results, tmp_path: Path) -> None:
     page = write_report([ideal, replace(ideal, title="again")], tmp_path)
     assert "Average precision" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("count", "named"), [(8, True), (9, False)])
+def test_in_a_crowd_only_what_was_forgotten_is_named(count: int, named: bool) -> None:
+    image, boxes = torch.zeros(3, 64, 64), torch.tensor([[4.0, 20.0, 30.0, 50.0]]).repeat(count, 1)
+
+    def picture(names: tuple[str, str], label: int) -> str:
+        scene: Any = SimpleNamespace(class_names=names, forgotten_classes=(1,))
+        return drawn(scene, image, boxes, [label] * count, [])
+
+    assert (picture(("one", "two"), 0) != picture(("ten", "two"), 0)) == named
+    assert picture(("one", "two"), 1) != picture(("one", "six"), 1)
 
 
 def test_no_pictures_if_none_are_wanted(data: DigitScenes) -> None:
