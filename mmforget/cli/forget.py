@@ -152,14 +152,16 @@ def prepare(args: list[str], settings: dict[str, Any]) -> Plan:
         lambda: building.build(parser, config, "model", "method", "data", "audit"), settings, plain
     )
     method = find_class(config.method.class_path, ForgettingMethod)
+    model = building.load_model(built.model)
+    unused = method.find_unused_parameters or model.find_unused_parameters
     return Plan(
         config=config,
         resolved=parser.dump(config, skip_unset=False),
-        model=building.load_model(built.model),
+        model=model,
         method=built.method,
         data=built.data,
         requests=requests,
-        trainers=building.Trainers(parser, config.trainer, method.find_unused_parameters),
+        trainers=building.Trainers(parser, config.trainer, unused),
         audit=built.audit,
     )
 

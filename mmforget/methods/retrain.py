@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
 from mmforget.methods.base import GradientMethod
 from mmforget.models.base import HasLoss, Model
+from mmforget.seeds import derive
 
 
 class Retrain(GradientMethod):
@@ -39,6 +41,12 @@ class Retrain(GradientMethod):
         super().__init__(model, copy=False, seed=seed, freeze_bn=False)
         self.model = model.fresh(seed)
         self.copied = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Key what training draws, such as the noise of denoised objects, by step."""
+        torch.manual_seed(
+            derive(self.seed, "retrain", self.current_epoch, batch_idx, self.global_rank)
+        )
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """What the model was trained with, on retained samples."""

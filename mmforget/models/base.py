@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -308,6 +308,9 @@ class Model(LightningModule):
     """Base of all model families: a Lightning module that owns one native `network`."""
 
     network: nn.Module
+
+    find_unused_parameters: ClassVar[bool] = False
+    """Whether the loss leaves weights out, which `DistributedDataParallel` must be told."""
 
     @abstractmethod
     def save_native(self, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Detector(TrainedModel):
         WeightsError: `weights` do not fit, are damaged, or would execute code.
         ConfigurationError: a number of the recipe is out of range.
     """
+
+    find_unused_parameters: ClassVar[bool] = True  # heads of earlier layers, denoised objects
 
     def __init__(
         self,

@@ -359,7 +359,11 @@ class MethodChecks:
         if self.plain.method.view is None:
             return
         one = self.forget(self.make_model(), **self.exact)
-        two = self.forget(self.make_model(), **self.exact, devices=2, strategy="ddp_fork")
+        given = self.make_model()
+        strategy = "ddp_fork"
+        if given.find_unused_parameters:
+            strategy += "_find_unused_parameters_true"
+        two = self.forget(given, **self.exact, devices=2, strategy=strategy)
         for name, found in one.result.state_dict().items():
             # The weights come back from forked processes in single precision.
             value, other = found.double(), two.result.state_dict()[name].double()

@@ -25,7 +25,7 @@ ROWS = {
     ),
     "GSLoRAPlusPlus": DetectorMethodChecks(
         lambda m: GSLoRAPlusPlus(
-            m, beta=1.0, hinge="sample", bound=6.0, prototype_data="head", w_retain=0.01
+            m, lr=3e-2, beta=1.0, hinge="sample", bound=6.0, prototype_data="head", w_retain=0.01
         )
     ),
     "HeadOnly": DetectorMethodChecks(HeadOnly),
@@ -40,7 +40,12 @@ ROWS = {
 FAST = ("GSLoRA", "LogitMask", "Identity")
 UNFIT = {
     ("HeadOnly", "effect"): "a head takes more scenes than these",
+    ("NegGradPlus", "effect"): "damages, see benchmarks/results/detector_digits.md",
+    ("RandomLabels", "effect"): "wrong names are false boxes beside retained objects",
     ("Retrain", "effect"): "a detector takes more scenes than these",
+    ("Retrain", "processes"): "batch statistics and noise are those of each process",
+    ("SSD", "effect"): "damages, see benchmarks/results/detector_digits.md",
+    ("SalUn", "effect"): "wrong names are false boxes beside retained objects",
 }
 
 

@@ -131,7 +131,8 @@ class QueryDetector(DetectionNetwork):
         rows = torch.arange(height, device=images.device) < extent[:, :1]
         columns = torch.arange(width, device=images.device) < extent[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
-        mean, std = (value.to(images).view(1, -1, 1, 1) for value in (self.mean, self.std))
+        images = images.to(self.mean)  # the precision of the network
+        mean, std = (value.view(1, -1, 1, 1) for value in (self.mean, self.std))
         pixels = (images - mean) / std * mask[:, None]
         return {"pixel_values": pixels, "pixel_mask": mask.long()}
 
