@@ -412,7 +412,7 @@ def test_small_scenes_are_enlarged(ideal: Results) -> None:
     from PIL import Image
 
     image = Image.open(io.BytesIO(base64.b64decode(ideal.examples[0]["labelled"])))
-    assert image.size == (512, 512)  # eight times as large
+    assert image.size == (480, 480)  # six times as large
 
 
 def test_pages_call_it_average_precision(ideal: Results, tmp_path: Path) -> None:
