@@ -44,6 +44,7 @@ UNFIT = {
     ("RandomLabels", "effect"): "wrong names are false boxes beside retained objects",
     ("Retrain", "effect"): "a detector takes more scenes than these",
     ("Retrain", "processes"): "batch statistics and noise are those of each process",
+    ("SSD", "divergence"): "so few scenes wait in one chunk, which the end of the pass refuses",
     ("SSD", "effect"): "damages, see benchmarks/results/detector_digits.md",
     ("SalUn", "effect"): "wrong names are false boxes beside retained objects",
 }
