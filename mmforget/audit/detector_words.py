@@ -8,6 +8,7 @@ from typing import Any
 
 from mmforget.audit.detector_scene import DetectorScene
 from mmforget.audit.provenance import environment
+from mmforget.audit.references import failed_rows, missing_references, untouched
 from mmforget.audit.results import ModelEntry
 from mmforget.audit.rows import Rows
 from mmforget.data.split import holding
@@ -52,33 +53,19 @@ def not_measured(scene: DetectorScene, rows: Rows) -> list[str]:
         "Membership: not run, an attack on detectors needs many retrained models",
         "Features: not compared, since two detectors match other queries to an object",
     ]
-    if not scene.retrained:
-        missing.append("Comparison with retraining: no retrained model was given")
-    elif len(scene.retrained) == 1:
-        missing.append("Spread of retrained models: only one was given")
-    if not scene.by_role("held_out"):
-        missing.append("False-alarm rate of the audit: no held-out retrained model was given")
-    if not scene.by_role("control"):
-        missing.append("Sensitivity of the audit: no controls were given")
+    missing += missing_references(scene)
     if not scene.forgotten_classes:
         missing.append("Relearning: it needs forgotten classes, the request names images")
     elif not scene.settings.relearning.steps:
         missing.append("Relearning: not run, so nothing inside was looked at")
     if not scene.settings.replicates:
         missing.append("Intervals of average precision: no replicates were asked for")
-    failed = sum(bool(row.error) for row in rows.rows.values())
-    if failed:
-        missing.append(f"{failed} measurements failed; each is a row with its error")
-    return missing
+    return missing + failed_rows(rows)
 
 
 def warnings(scene: DetectorScene, entries: Sequence[ModelEntry]) -> list[str]:
     """What a reader must know before the numbers."""
-    found = []
-    first = next(entry for entry in entries if entry.role == "original")
-    for entry in entries:
-        if entry.role == "unlearned" and entry.hash == first.hash:
-            found.append(f"'{entry.name}' has exactly the weights of the original model")
+    found = untouched(entries)
     train: Any = scene.data.dataset("train")
     gone = scene.forgotten_classes
     if gone:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmforget.attacks.detector_relearning import DetectorRelearningSettings
@@ -26,13 +26,14 @@ from mmforget.audit.detector_words import (
 )
 from mmforget.audit.limits import check_limits
 from mmforget.audit.protocol import add_costs, check_models
+from mmforget.audit.references import judged
 from mmforget.audit.results import Results
 from mmforget.audit.rows import Rows
 from mmforget.audit.scene import AuditedModel
 from mmforget.data.base import ForgetDataModule
 from mmforget.data.detection import DetectionDataModule
 from mmforget.errors import ConfigurationError, DataError
-from mmforget.models.base import Model, state_hash
+from mmforget.models.base import Model
 from mmforget.request import ForgetRequest
 
 
@@ -138,14 +139,7 @@ def audit_detector(
     add_costs(scene.models, rows)
     rows.relate(scene.retrained, scene.original)
     checks, verdict, findings = conclude(scene, rows)
-    entries = [
-        replace(
-            one.entry,
-            hash=state_hash(one.model),
-            details=one.entry.details | {"outcome": findings[one.entry.name].outcome},
-        )
-        for one in scene.models
-    ]
+    entries = judged(scene.models, findings)
     shown |= {name: [dict(row) for row in found] for name, found in (curves or {}).items()}
     return Results(
         title=title or ", ".join(request.name for request in requests),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mmforget.audit.inside import measure_relearning, measure_representation
 from mmforget.audit.outputs import collect
 from mmforget.audit.privacy import measure_privacy, testable
 from mmforget.audit.provenance import environment
+from mmforget.audit.references import failed_rows, judged, missing_references, untouched
 from mmforget.audit.results import Results
 from mmforget.audit.rows import Measured, Rows
 from mmforget.audit.scene import AuditedModel, AuditSettings, Scene
@@ -24,7 +24,7 @@ from mmforget.audit.verdict import conclude
 from mmforget.data.base import ForgetDataModule, Stage
 from mmforget.errors import ConfigurationError, ModelError
 from mmforget.metrics.output import class_accuracy
-from mmforget.models.base import HasFeatures, Model, state_hash
+from mmforget.models.base import HasFeatures, Model
 from mmforget.request import ForgetRequest
 
 __all__ = ["AuditSettings", "AuditedModel", "accuracies", "audit"]
@@ -100,14 +100,7 @@ def audit(
     add_costs(audited, rows)
     rows.relate(scene.retrained, scene.original)
     checks, verdict, findings = conclude(scene, rows)
-    entries = [
-        replace(
-            one.entry,
-            hash=state_hash(one.model),
-            details=one.entry.details | {"outcome": findings[one.entry.name].outcome},
-        )
-        for one in audited
-    ]
+    entries = judged(audited, findings)
     shown |= {name: [dict(row) for row in found] for name, found in (curves or {}).items()}
     return Results(
         title=title or ", ".join(request.name for request in requests),
@@ -266,33 +259,18 @@ def _confusion(scene: Scene) -> dict[str, list[float]]:
 
 
 def _not_measured(scene: Scene, rows: Rows) -> list[str]:
-    missing = list(NOT_RUN)
-    if not scene.retrained:
-        missing.append("Comparison with retraining: no retrained model was given")
-    elif len(scene.retrained) == 1:
-        missing.append("Spread of retrained models: only one was given")
-    if not scene.by_role("held_out"):
-        missing.append("False-alarm rate of the audit: no held-out retrained model was given")
-    if not scene.by_role("control"):
-        missing.append("Sensitivity of the audit: no controls were given")
+    missing = [*NOT_RUN, *missing_references(scene)]
     if not scene.by_class:
         missing.append("Linear probe and k-NN: they need forgotten classes")
     if testable(rows, scene.original) is False:
         missing.append("Privacy: not testable, the original model hardly memorises its data")
     if not all(isinstance(audited.model, HasFeatures) for audited in scene.models):
         missing.append("Representation: some models do not show their features")
-    failed = sum(bool(row.error) for row in rows.rows.values())
-    if failed:
-        missing.append(f"{failed} measurements failed; each is a row with its error")
-    return missing
+    return missing + failed_rows(rows)
 
 
 def _warnings(scene: Scene, entries: Sequence[Any]) -> list[str]:
-    found = []
-    first = next(entry for entry in entries if entry.role == "original")
-    for entry in entries:
-        if entry.role == "unlearned" and entry.hash == first.hash:
-            found.append(f"'{entry.name}' has exactly the weights of the original model")
+    found = untouched(entries)
     for split, size in scene.drawn.items():
         found.append(
             f"values on {split} come from {len(scene.ids[split])} of {size} samples, "

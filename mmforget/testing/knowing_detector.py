@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmforget.audit.detector_outputs import objects_of
 from mmforget.data.detection import DetectionDataModule, DetectionDataset
+from mmforget.errors import ModelError
 from mmforget.models.base import Batch
 from mmforget.models.detector import Detector
 from mmforget.models.detectors.base import Detections
@@ -104,5 +105,9 @@ class KnowingDetector(Detector):
         return [(self.network, list(classes))]
 
     def fresh(self, seed: int) -> Any:
-        """Not offered."""
-        raise NotImplementedError
+        """Refuse: what it knows is looked up and not trained, so it has no untrained state.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("a KnowingDetector looks answers up, so it cannot be built anew")

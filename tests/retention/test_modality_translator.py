@@ -75,6 +75,7 @@ class CellNetwork(DetectionNetwork):
         return self.losses(images, extent, objects).total
 
     def instances(self, images: Tensor, extent: Tensor, objects: list[Objects]) -> Instances:
+        """A translator is trained by losses alone; a call is a defect and must fail the test."""
         raise NotImplementedError
 
     def logits(self, images: Tensor, extent: Tensor) -> Tensor:
