@@ -1,0 +1,29 @@
+"""Idefics3 and SmolVLM: a SigLIP tower and pixel shuffle."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mmforget.models.multimodals.base import Inputs, MultimodalFamily
+
+
+class Idefics(MultimodalFamily):
+    """``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``.
+
+    ``pixel_values`` are (B, tiles, 3, S, S). Large pictures are cut into tiles, and a small copy
+    of the whole comes last; padding tiles are black and skipped by the network.
+    """
+
+    name: ClassVar[str] = "Idefics3 and SmolVLM"
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    language: ClassVar[str] = "model.text_model"
+    vision: ClassVar[str] = "model.vision_model"
+    blocks: ClassVar[str] = "model.vision_model.encoder.layers"
+    projector: ClassVar[str] = "model.connector"
+    nested_pictures: ClassVar[bool] = True
+
+    def vision_inputs(self, inputs: Inputs) -> dict[str, Any]:
+        """The tiles, and which of their pixels are no padding."""
+        mask = inputs.get("pixel_attention_mask")
+        known = {"pixel_values": inputs["pixel_values"]}
+        return known if mask is None else known | {"pixel_attention_mask": mask}
