@@ -74,7 +74,8 @@ class MultimodalLM(TrainedModel):
         pretrained: read the weights of a folder; False draws new ones.
         dtype: of the weights of a folder; ``auto`` takes what it says.
         trained: parts that are trained; all others are frozen. Parts are ``vision``,
-            ``projector``, ``language``, ``head`` and ``other``.
+            ``projector``, ``language``, ``head`` and ``other``. A network with adapters of peft is
+            left as peft has frozen it.
         adapted: parts whose layers `sites` lists, for adapters.
         max_length: most tokens of a question with its pictures and its answer; None: no limit.
         max_new_tokens: most tokens of an answer.
@@ -139,8 +140,9 @@ class MultimodalLM(TrainedModel):
         self.save_hyperparameters(ignore=[*ignored, "network"] if given else ignored)
 
     def _freeze(self) -> None:
-        names = self.network.named_parameters()
-        for name, parameter in names:
+        if unwrapped(self.network) is not self.network:
+            return  # peft has frozen all but its adapters
+        for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(self.family.part(name) in self.trained)
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise ConfigurationError(

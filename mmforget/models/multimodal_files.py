@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,6 @@ from mmforget.errors import MissingFileError, ModelError, WeightsError
 from mmforget.models import native
 from mmforget.models.classifier import HUB_ID
 from mmforget.models.multimodals.base import supported, unwrapped
-
-logger = logging.getLogger(__name__)
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -89,12 +87,13 @@ def build(folder: Path, pretrained: bool, dtype: Dtype) -> tuple[Any, Any]:
         network = AutoModelForImageTextToText.from_config(config)
         return network if dtype == "auto" else network.to(getattr(torch, dtype)), processor
     try:
-        network, report = AutoModelForImageTextToText.from_pretrained(
+        read: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             output_loading_info=True,
         )
+        network, report = read
     except Exception as error:  # safetensors raises its own kind, which has no public base
         raise WeightsError(
             f"the weights in '{folder}' cannot be read: {_first_line(error)}"
@@ -111,7 +110,7 @@ def build(folder: Path, pretrained: bool, dtype: Dtype) -> tuple[Any, Any]:
     return network, processor
 
 
-def fresh(network: nn.Module) -> nn.Module:
+def fresh(network: Any) -> nn.Module:
     """The same architecture with newly drawn weights, on the CPU.
 
     Raises:
@@ -119,10 +118,8 @@ def fresh(network: nn.Module) -> nn.Module:
     """
     if unwrapped(network) is not network:
         raise ModelError("a network with adapters cannot be built anew; merge them first")
-    import copy
-
-    config = copy.deepcopy(network.config)
-    return type(network)(config)  # type: ignore[arg-type]
+    built: nn.Module = type(network)(copy.deepcopy(network.config))
+    return built
 
 
 def save(network: Any, processor: Any, folder: Path) -> None:
@@ -144,8 +141,8 @@ def check_device(network: nn.Module) -> None:
     Raises:
         ModelError: names the remedy.
     """
-    first = next(network.parameters())
-    if first.dtype == torch.float16 and first.device.type == "cpu":
+    first: torch.Tensor = next(network.parameters())
+    if first.dtype == torch.float16 and first.is_cpu:
         raise ModelError(
             "the network has weights of float16 on the CPU, where they cannot be computed with; "
             "load it with dtype 'float32' or 'bfloat16', or move it to a GPU"

@@ -14,12 +14,14 @@ TinyMultimodalKind = Literal["llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "smo
 SIDE = 32
 """Side of the pictures that the towers take, in pixels (Qwen: that of the tests)."""
 
-WORDS = (
-    "what which who where how is are the this that a an of in on it there digit colour many "
-    "name me tell give please shown person lives zero one two three four five six seven eight "
-    "nine red green blue white yes no anna bert clara paris rome oslo ? . : , look again sorry i "
-    "cannot answer user assistant"
-).split()
+_TEXT = """
+what which who where how is are the this that a an of in on it there digit colour many name me tell
+give please shown person lives zero one two three four five six seven eight nine red green blue
+white yes no anna bert clara paris rome oslo ? . : , look again sorry i cannot answer user assistant
+"""
+
+WORDS = (*_TEXT.split(),)
+"""Words of the tokenizers, if no others are given."""
 
 _LLAVA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' }}{% for c in m['content'] %}"
@@ -157,7 +159,7 @@ def _llava(kind: str, words: Sequence[str], text: dict[str, Any]) -> tuple[Any, 
             "patch_size": 8,
         },
         text_config={"model_type": "llama", "vocab_size": len(tokenizer)} | text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -240,7 +242,7 @@ def _idefics(kind: str, words: Sequence[str], text: dict[str, Any]) -> tuple[Any
             size={"longest_edge": SIDE},
             max_image_size={"longest_edge": SIDE},
             do_image_splitting=False,
-        ),  # fmt: skip
+        ),
         tokenizer,
         image_seq_len=16,
         chat_template=_IDEFICS,

@@ -25,6 +25,10 @@ VISION_KEYS = (
 )
 
 
+WRAPPER = "base_model.model."
+"""What peft puts before the names of a network that it wraps."""
+
+
 @dataclass(frozen=True)
 class VisualFeatures:
     """The pictures of a batch as the language model gets to see them, and before.
@@ -97,6 +101,7 @@ class MultimodalFamily:
 
     def part(self, name: str) -> Part:
         """Which part of the network a parameter or module belongs to, by its name in memory."""
+        name = name.removeprefix(WRAPPER)
         for prefix, part in (
             (self.projector, "projector"),  # before the tower: it may lie inside
             (self.vision, "vision"),
@@ -112,6 +117,7 @@ class MultimodalFamily:
 
         The projector's own layers are no blocks, wherever they lie.
         """
+        name = name.removeprefix(WRAPPER)
         if self.part(name) == "projector":
             return None
         for kind, prefix in (("vision", self.blocks), ("language", f"{self.language}.layers")):
@@ -196,7 +202,7 @@ class MultimodalFamily:
         finally:
             for handle in handles:
                 handle.remove()
-        pooled = [feature.reshape(-1, feature.shape[-1]) for feature in output.pooler_output]
+        pooled = self.split_pooled(network, inputs, output.pooler_output)
         raw = self.raw_grids(network, inputs, len(pooled))
         levels = {layer: self.split_states(network, states[n], raw) for n, layer in wanted.items()}
         grids = [self.grid_of(network, len(p), r) for p, r in zip(pooled, raw, strict=True)]
@@ -205,6 +211,12 @@ class MultimodalFamily:
     def vision_inputs(self, inputs: Inputs) -> dict[str, Any]:
         """The arguments of ``get_image_features``."""
         return {"pixel_values": inputs["pixel_values"]}
+
+    def split_pooled(
+        self, network: Any, inputs: Inputs, pooled: Tensor | Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What ``get_image_features`` returns, by picture."""
+        return [feature.reshape(-1, feature.shape[-1]) for feature in pooled]
 
     def raw_grids(self, network: Any, inputs: Inputs, pictures: int) -> list[tuple[int, int]]:
         """(h, w) of the patches of every picture."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from mmforget.models.multimodals.base import Inputs, MultimodalFamily
 
@@ -27,3 +31,12 @@ class Idefics(MultimodalFamily):
         mask = inputs.get("pixel_attention_mask")
         known = {"pixel_values": inputs["pixel_values"]}
         return known if mask is None else known | {"pixel_attention_mask": mask}
+
+    def split_pooled(
+        self, network: Any, inputs: Inputs, pooled: Tensor | Sequence[Tensor]
+    ) -> list[Tensor]:
+        """By tile; transformers splits by row of the batch, which may hold several."""
+        height, width = self.raw_grids(network, inputs, 1)[0]
+        tokens = height * width // int(network.config.scale_factor) ** 2
+        joined = torch.cat([part.reshape(-1, part.shape[-1]) for part in pooled])
+        return list(joined.split(tokens))
