@@ -17,7 +17,13 @@ from mmforget.models import multimodal_files
 from mmforget.models.base import Batch, Instances, LossParts, Site, SiteKind
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.multimodal_files import Dtype
-from mmforget.models.multimodals.base import MultimodalFamily, Part, family_of, unwrapped
+from mmforget.models.multimodals.base import (
+    MultimodalFamily,
+    Part,
+    family_of,
+    has_adapters,
+    unwrapped,
+)
 from mmforget.models.multimodals.encoding import IGNORED, LabelScope, Padding, encode
 from mmforget.models.recipe import TrainedModel, check_recipe
 
@@ -140,7 +146,7 @@ class MultimodalLM(TrainedModel):
         self.save_hyperparameters(ignore=[*ignored, "network"] if given else ignored)
 
     def _freeze(self) -> None:
-        if unwrapped(self.network) is not self.network:
+        if has_adapters(self.network):
             return  # peft has frozen all but its adapters
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(self.family.part(name) in self.trained)

@@ -13,7 +13,7 @@ from torch import nn
 from mmforget.errors import MissingFileError, ModelError, WeightsError
 from mmforget.models import native
 from mmforget.models.classifier import HUB_ID
-from mmforget.models.multimodals.base import supported, unwrapped
+from mmforget.models.multimodals.base import has_adapters, supported
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
@@ -116,7 +116,7 @@ def fresh(network: Any) -> nn.Module:
     Raises:
         ModelError: the network carries adapters.
     """
-    if unwrapped(network) is not network:
+    if has_adapters(network):
         raise ModelError("a network with adapters cannot be built anew; merge them first")
     built: nn.Module = type(network)(copy.deepcopy(network.config))
     return built
@@ -128,11 +128,10 @@ def save(network: Any, processor: Any, folder: Path) -> None:
     Raises:
         ModelError: the network carries adapters that are not merged.
     """
-    if unwrapped(network) is not network:
+    if has_adapters(network):
         raise ModelError("the network carries adapters; merge them before it is saved")
     network.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def check_device(network: nn.Module) -> None:

@@ -306,3 +306,8 @@ def unwrapped(network: nn.Module) -> nn.Module:
     """The network of transformers itself, out of a peft model."""
     inner = getattr(network, "get_base_model", None)
     return inner() if inner is not None else network
+
+
+def has_adapters(network: nn.Module) -> bool:
+    """Whether a network is wrapped by peft."""
+    return unwrapped(network) is not network
