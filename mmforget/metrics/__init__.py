@@ -23,7 +23,16 @@ _EXPORTS = {
     "mmforget.metrics.distribution": ("FeatureNetwork", "FrechetDistance", "KernelDistance"),
     "mmforget.metrics.judge": ("ClassifierJudge", "ClipJudge", "ConceptRates", "load_judge"),
     "mmforget.metrics.perceptual": ("LayerDistance", "PairedChange", "PerceptualDistance"),
+    "mmforget.metrics.token_cost": (
+        "DecoderShape",
+        "GenerationLatency",
+        "Latency",
+        "generation_latency",
+        "measured_latency",
+    ),
     "mmforget.metrics.vacuous": ("VacuousCheck",),
+    "mmforget.metrics.visual_attention": ("VisualAttention", "visual_mass"),
+    "mmforget.metrics.visual_evidence": ("visual_evidence",),
 }
 
 __getattr__, __dir__, __all__ = lazy_attributes(__name__, _EXPORTS)

@@ -109,7 +109,7 @@ def visible_keys(
         if mask.shape[-1] != length:
             raise DataError(
                 f"the attention mask covers {mask.shape[-1]} keys, but there are {length}; static "
-                "caches are not supported, use a DynamicCache"
+                "caches, and caches that evict keys, are not supported here, use a DynamicCache"
             )
         batch, heads = len(index), mask.shape[1]
         mask = mask.expand(batch, -1, -1, -1).gather(
