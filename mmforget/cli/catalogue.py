@@ -53,6 +53,11 @@ MODELS = (
         capabilities=("HasLoss", "HasLogits", "HasHead", "Sites"),
     ),
     Entry(
+        "mmforget.models.multimodal:MultimodalLM",
+        "multimodal language models: LLaVA, Qwen2-VL, Qwen2.5-VL, Idefics3, SmolVLM, InternVL",
+        capabilities=("HasLoss", "HasFeatures", "HasHead", "Answers", "Sites"),
+    ),
+    Entry(
         "mmforget.models.diffusion:DiffusionGenerator",
         "text-to-image pipelines of diffusers: Stable Diffusion 1, 2, XL, 3, FLUX",
         capabilities=("HasLoss", "Sites", "TextConditioned", "Generates"),
@@ -90,6 +95,18 @@ DATA = (
         "mmforget.data.huggingface_detection:HuggingFaceDetection",
         "boxes: an object-detection data set of the hub or local files",
     ),
+    Entry(
+        "mmforget.data.digit_questions:DigitQuestions",
+        "questions: handwritten digits as faces of fictitious persons, built in",
+    ),
+    Entry(
+        "mmforget.data.question_files:QuestionFolder",
+        "questions: a file of JSON lines, and pictures in a folder",
+    ),
+    Entry(
+        "mmforget.data.question_files:HuggingFaceQuestions",
+        "questions: a data set of the hub or local files",
+    ),
 )
 
 METHODS = (
@@ -97,14 +114,14 @@ METHODS = (
         "mmforget.methods.gs_lora:GSLoRA",
         "bounded forgetting in group-sparse adapters of the feed-forward layers",
         "CVPR 2024, arXiv 2403.11530",
-        ("HasLoss", "HasLogits", "HasHead", "Sites"),
+        ("HasLoss", "HasHead", "Sites"),
         "fraction",
     ),
     Entry(
         "mmforget.methods.gs_lora_plus_plus:GSLoRAPlusPlus",
         "GSLoRA with prototypes, also for few samples and missing classes",
         "T-PAMI 2026, arXiv 2501.09705",
-        ("HasLoss", "HasLogits", "HasHead", "Sites"),
+        ("HasLoss", "HasHead", "Sites"),
         "full",
     ),
     Entry(
@@ -147,6 +164,69 @@ METHODS = (
         "the oracle: train again from fresh weights without the forget set",
         "",
         ("HasLoss",),
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.gradient_ascent:GradientAscent",
+        "answers: raise the loss of the forget set and nothing else, a baseline",
+        "ACL 2023, arXiv 2210.01504",
+        ("HasLoss", "Answers"),
+        "none",
+    ),
+    Entry(
+        "mmforget.methods.grad_diff:GradDiff",
+        "answers: ascend on the forget set, descend on the rest",
+        "CoLLAs 2022, arXiv 2203.12817",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.kl_minimization:KLMinimization",
+        "answers: ascend on the forget set, answer the rest as before",
+        "COLM 2024, arXiv 2401.06121",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.preference_optimization:PreferenceOptimization",
+        "answers: learn to refuse what is to be forgotten",
+        "COLM 2024, arXiv 2401.06121",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.dpo:DPO",
+        "answers: prefer refusals to what is to be forgotten",
+        "NeurIPS 2023, arXiv 2305.18290",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.npo:NPO",
+        "answers: ascent that slows down, measured against the original model",
+        "COLM 2024, arXiv 2404.05868",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.sim_npo:SimNPO",
+        "answers: NPO per token, without the original model",
+        "arXiv 2410.07163",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.rmu:RMU",
+        "answers: misdirect the states of one layer at what is to be forgotten",
+        "ICML 2024, arXiv 2403.03218",
+        ("HasLoss", "Answers", "Sites"),
+        "fraction",
+    ),
+    Entry(
+        "mmforget.methods.mm_unlearner:MMUnlearner",
+        "answers: ascend and descend on the weights that only the forget set needs",
+        "ACL 2025, arXiv 2502.11051",
+        ("HasLoss", "Answers"),
         "full",
     ),
     Entry(
@@ -340,6 +420,20 @@ METHODS = (
     ),
     Entry("mmforget.methods.identity:Identity", "control: changes nothing", "", (), "none"),
     Entry(
+        "mmforget.methods.answer_ban:AnswerBan",
+        "control: never says the forgotten words",
+        "",
+        ("Answers",),
+        "full",
+    ),
+    Entry(
+        "mmforget.methods.answer_head:AnswerHead",
+        "control: edits the layer that scores words and nothing below it",
+        "",
+        ("Answers", "HasLoss", "HasHead"),
+        "full",
+    ),
+    Entry(
         "mmforget.methods.logit_mask:LogitMask",
         "control: hides the forgotten outputs",
         "",
@@ -384,12 +478,22 @@ METRICS = (
         "mmforget.metrics.coverage:PrecisionRecall", "do pictures lie among those of a reference?"
     ),
     Entry("mmforget.metrics.coverage:DensityCoverage", "is every kind of picture still drawn?"),
+    Entry("mmforget.metrics.token_cost:measured_latency", "time of tasks, measured in turns"),
+    Entry(
+        "mmforget.audit.visual_forgetting_curve:cut_answers",
+        "how long does an answer need its picture?",
+    ),
+    Entry("mmforget.metrics.token_cost:DecoderShape", "operations and cache of visual tokens"),
     Entry("mmforget.metrics.unlearning_degree:unlearning_degree", "how far scores have moved"),
     Entry("mmforget.metrics.detection:detection_scores", "can memorized prompts be told apart?"),
 )
 
 ATTACKS = (
     Entry("mmforget.attacks.relearning:relearn", "how fast a few samples bring the class back"),
+    Entry(
+        "mmforget.attacks.answer_relearning:relearn_answers",
+        "how fast a few questions bring an entity back into answers",
+    ),
     Entry("mmforget.attacks.probe:linear_probe", "is the class still in the features?"),
     Entry("mmforget.attacks.membership:transfer", "membership, learned on data that is known"),
     Entry(
@@ -497,6 +601,55 @@ MITIGATIONS = (
 )
 """Ways to draw without what is not wanted; the weights stay as they are."""
 
+RETENTION = (
+    Entry(
+        "mmforget.retention.fast_v:FastV",
+        "visual tokens: drop those that the prompt does not attend to, between layers",
+        "ECCV 2024, arXiv 2403.06764",
+    ),
+    Entry(
+        "mmforget.retention.vision_zip:VisionZip",
+        "visual tokens: keep what the vision tower looks at, merge the rest, before the layers",
+        "CVPR 2025, arXiv 2412.04467",
+    ),
+    Entry(
+        "mmforget.retention.token_pooling:PooledTokens",
+        "visual tokens: average over the cells of a coarser grid, a baseline",
+    ),
+    Entry(
+        "mmforget.retention.token_baselines:random_tokens",
+        "visual tokens: keep some at random, a baseline",
+    ),
+    Entry(
+        "mmforget.retention.token_baselines:grid_tokens",
+        "visual tokens: keep evenly spaced ones, a baseline",
+    ),
+    Entry(
+        "mmforget.retention.visual_features:ChosenTokens",
+        "visual tokens: keep the highest by a score of yours, before the layers",
+    ),
+    Entry(
+        "mmforget.retention.token_pruning:TokenPruner",
+        "visual tokens: keep the highest by a score of yours, between layers",
+    ),
+    Entry(
+        "mmforget.retention.remembering_model:RememberingLM",
+        "visual tokens: read the tower's features again between layers (Vision Remember)",
+        "arXiv 2506.03928",
+    ),
+    Entry(
+        "mmforget.retention.take_along:TakeAlongLM",
+        "visual tokens: train with the picture shown again within the answer (TVC)",
+        "arXiv 2503.13360",
+    ),
+    Entry(
+        "mmforget.retention.visual_calibration:PeriodicVisualCalibration",
+        "visual tokens: answer with the picture shown again on the way (TVC)",
+        "arXiv 2503.13360",
+    ),
+)
+"""Ways to spare visual tokens of multimodal language models, and ways to keep what they showed."""
+
 CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "models": MODELS,
     "data": DATA,
@@ -505,6 +658,7 @@ CATALOGUE: dict[str, tuple[Entry, ...]] = {
     "attacks": ATTACKS,
     "detectors": DETECTORS,
     "mitigations": MITIGATIONS,
+    "retention": RETENTION,
 }
 
 

@@ -9,7 +9,7 @@ from mmforget.cli.catalogue import CATALOGUE, METHODS, MODELS, Entry, fits
 from mmforget.errors import ConfigurationError, MissingFileError, suggest
 
 HELP = """
-usage: mmforget list models|data|methods|metrics|attacks|detectors|mitigations|configs
+usage: mmforget list models|data|methods|metrics|attacks|detectors|mitigations|retention|configs
 
 Shows what there is. The names are the short class names of configurations and of the command
 line; classes of your own are given by their dotted path instead and need no registration.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Protocol, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mmforget.models.base import Batch, Instances, LossParts, Site, SiteKind
 from mmforget.models.ffn_sites import find_sites
 from mmforget.models.multimodal_files import Dtype
 from mmforget.models.multimodals.base import (
+    Inputs,
     MultimodalFamily,
     Part,
     family_of,
@@ -61,9 +63,21 @@ class AnswerLogits(NamedTuple):
     def losses(self) -> AnswerLosses:
         """Cross-entropy of the labelled tokens, in fp32."""
         each = F.cross_entropy(
-            self.logits.float().transpose(1, 2), self.labels, ignore_index=IGNORED, reduction="none"
-        )
+            self.logits.float().flatten(0, 1),  # six times as fast as over a transposed axis
+            self.labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+        ).view_as(self.labels)
         return AnswerLosses(each.sum(dim=1), (self.labels != IGNORED).sum(dim=1))
+
+
+class Rewriter(Protocol):
+    """Changes the inputs of a network on their way to it; see `MultimodalLM.rewriting`."""
+
+    def reduced(
+        self, network: nn.Module, inputs: Inputs, pictures: Sequence[Sequence[Tensor]] | None = None
+    ) -> dict[str, Any]:
+        """Return other inputs for the same network."""
 
 
 class MultimodalLM(TrainedModel):
@@ -98,6 +112,7 @@ class MultimodalLM(TrainedModel):
     """
 
     find_unused_parameters = True  # the last block of a tower whose features are taken earlier
+    rewriter: Rewriter | None = None
 
     def __init__(
         self,
@@ -216,10 +231,31 @@ class MultimodalLM(TrainedModel):
         )
         self._check_pictures(found["input_ids"], pictures)
         like = next(self.network.parameters())
-        return {
+        found = {
             key: value.to(like.device, like.dtype if value.is_floating_point() else None)
             for key, value in found.items()
         }
+        if self.rewriter is None:
+            return found
+        return self.rewriter.reduced(self.network, found, pictures)
+
+    @contextmanager
+    def rewriting(self, rewriter: Rewriter) -> Iterator[None]:
+        """Within the context, all that `inputs` returns passes `rewriter` first.
+
+        Raises:
+            ConfigurationError: a rewriter is at work already.
+        """
+        if self.rewriter is not None:
+            raise ConfigurationError(
+                f"{type(self.rewriter).__name__} already rewrites the inputs of this model; leave "
+                "its context first"
+            )
+        self.rewriter = rewriter
+        try:
+            yield
+        finally:
+            self.rewriter = None
 
     def _check_pictures(self, input_ids: Tensor, pictures: Sequence[Sequence[Tensor]]) -> None:
         shown = self.family.visual_mask(unwrapped(self.network), input_ids).any(dim=1).tolist()
@@ -278,6 +314,7 @@ class MultimodalLM(TrainedModel):
             label=batch["label"],
             row=rows,
             loss=LossParts(found.losses().mean),
+            right=((found.logits.argmax(-1) == found.labels) | (found.labels == IGNORED)).all(1),
         )
 
     @property
@@ -391,7 +428,8 @@ class MultimodalLM(TrainedModel):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         for name, value in self.__dict__.items():
-            new.__dict__[name] = copy.deepcopy(value, memo)
+            if name != "rewriter":  # belongs to a context that the copy is not in
+                new.__dict__[name] = copy.deepcopy(value, memo)
         return new
 
     # ---- evaluation -----------------------------------------------------------------------------

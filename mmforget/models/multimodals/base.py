@@ -239,6 +239,39 @@ class MultimodalFamily:
         grid = (raw[0] // shrink, raw[1] // shrink)
         return grid if grid[0] * grid[1] == tokens else None
 
+    def tokens_of(self, network: Any, raw: tuple[int, int]) -> int:
+        """Visual tokens of a picture whose patches form the grid `raw`."""
+        config = network.config
+        whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+        return raw[0] * raw[1] + int(whole)  # with the class token
+
+    def encoder_outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+        """Ready visual features, the value of ``mm_encoder_outputs``.
+
+        Args:
+            features: (N_i, D) in the order of their placeholders, one entry per row that has any.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}  # type: ignore[arg-type]
+
+    def picture_frame(self, network: Any, processor: Any) -> tuple[list[int], list[int]]:
+        """Ids of the tokens that stand before and after the visual tokens of a picture."""
+        return [], []
+
+    def grid_inputs(self, network: Any, grids: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """What `position_ids` must know of pictures whose visual tokens form these grids."""
+        return {}
+
+    def position_ids(self, network: Any, inputs: Inputs) -> Tensor | None:
+        """(3, B, L) where positions have three dimensions, None where tokens are just counted.
+
+        Args:
+            network: the network.
+            inputs: ``input_ids`` and ``attention_mask``, and what `grid_inputs` gives.
+        """
+        return None
+
     def model_inputs(self, inputs: Inputs) -> dict[str, Any]:
         """What the network's forward takes, without what is None.
 

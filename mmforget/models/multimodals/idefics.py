@@ -36,7 +36,17 @@ class Idefics(MultimodalFamily):
         self, network: Any, inputs: Inputs, pooled: Tensor | Sequence[Tensor]
     ) -> list[Tensor]:
         """By tile; transformers splits by row of the batch, which may hold several."""
-        height, width = self.raw_grids(network, inputs, 1)[0]
-        tokens = height * width // int(network.config.scale_factor) ** 2
+        tokens = self.tokens_of(network, self.raw_grids(network, inputs, 1)[0])
         joined = torch.cat([part.reshape(-1, part.shape[-1]) for part in pooled])
         return list(joined.split(tokens))
+
+    def tokens_of(self, network: Any, raw: tuple[int, int]) -> int:
+        """After pixel shuffle."""
+        return raw[0] * raw[1] // int(network.config.scale_factor) ** 2
+
+    def picture_frame(self, network: Any, processor: Any) -> tuple[list[int], list[int]]:
+        """The token around pictures, and the one that says that it is the whole picture."""
+        whole = getattr(processor, "global_image_tag", None) or processor.global_image_token
+        tokens = [processor.fake_image_token, str(whole)]
+        around, tag = processor.tokenizer.convert_tokens_to_ids(tokens)
+        return [around, tag], [around]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from mmforget.models.multimodals.base import Inputs, MultimodalFamily
@@ -54,13 +56,39 @@ class QwenVL(MultimodalFamily):
         merge = int(self.vision_tower(network).spatial_merge_size)
         return (raw[0] // merge, raw[1] // merge)
 
+    def tokens_of(self, network: Any, raw: tuple[int, int]) -> int:
+        """After merging."""
+        return raw[0] * raw[1] // int(self.vision_tower(network).spatial_merge_size) ** 2
+
+    def picture_frame(self, network: Any, processor: Any) -> tuple[list[int], list[int]]:
+        """The tokens that open and close a picture."""
+        config = network.config
+        return [int(config.vision_start_token_id)], [int(config.vision_end_token_id)]
+
+    def grid_inputs(self, network: Any, grids: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """``image_grid_thw``, which counts patches before merging."""
+        if not grids:
+            return {}
+        merge = int(self.vision_tower(network).spatial_merge_size)
+        return {"image_grid_thw": torch.tensor([[1, h * merge, w * merge] for h, w in grids])}
+
+    def position_ids(self, network: Any, inputs: Inputs) -> Tensor | None:
+        """Time, row and column of every token; words count in all three."""
+        index = network.model.get_rope_index
+        known = {
+            "image_grid_thw": inputs.get("image_grid_thw"),
+            "attention_mask": inputs["attention_mask"],
+        }
+        if "mm_token_type_ids" in inspect.signature(index).parameters:  # not in the first releases
+            known["mm_token_type_ids"] = self.visual_mask(network, inputs["input_ids"]).int()
+        positions: Tensor = index(inputs["input_ids"], **known)[0]
+        return positions
+
 
 def window_order(tower: Any, grids: Sequence[tuple[int, int]]) -> Tensor | None:
     """The order in which a tower with windows goes through its groups of patches, else None."""
     if not getattr(tower, "fullatt_block_indexes", None):
         return None
-    import torch
-
     thw = torch.tensor([[1, h, w] for h, w in grids])
     if hasattr(tower, "get_window_index"):
         index = tower.get_window_index(thw)[0]
