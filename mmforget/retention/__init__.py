@@ -12,7 +12,16 @@ _EXPORTS = {
     "mmforget.retention.heavy_hitters": ("H2O",),
     "mmforget.retention.kv_eviction": ("KVEviction",),
     "mmforget.retention.fast_v": ("AttentionScores", "FastV"),
+    "mmforget.retention.lines": (
+        "LiNeS",
+        "Ramp",
+        "best_scaling",
+        "merge_tasks",
+        "scaling_curve",
+    ),
     "mmforget.retention.modality_translator": ("ModTr",),
+    "mmforget.retention.protected_entries": ("ProtectedEntries", "lora_changes"),
+    "mmforget.retention.reg_lora": ("RegLoRA", "RegLoRACallback"),
     "mmforget.retention.remembering_model": ("RememberingLM", "load_remembering"),
     "mmforget.retention.take_along": (
         "Reaffirmation",
@@ -33,6 +42,7 @@ _EXPORTS = {
     "mmforget.retention.vision_remember": ("VisionRemember",),
     "mmforget.retention.vision_zip": ("VisionZip",),
     "mmforget.retention.visual_calibration": ("PeriodicVisualCalibration",),
+    "mmforget.retention.visual_heads": ("Head", "head_effects", "pruned_heads", "random_heads"),
     "mmforget.retention.visual_features": ("ChosenTokens",),
     "mmforget.retention.snap_kv": ("SnapKV",),
 }
