@@ -32,7 +32,7 @@ from mmforget.errors import AccessError, ConfigurationError, DataError, suggest
 from mmforget.request import ForgetRequest
 from mmforget.seeds import generator
 
-View = Literal["full", "retain", "forget", "paired", "statistics"]
+View = Literal["full", "retain", "forget", "paired", "statistics", "decoupled"]
 
 CACHE_LIMIT_BYTES = 2**30
 """Up to this size the decoded pixels of a data set stay in memory, above it they are read anew."""
@@ -325,8 +325,9 @@ class ForgetDataModule(LightningDataModule):
         num_workers: loader processes; 0 reads in the main process, which is best for small images,
             since they stay in its memory once they are decoded.
         view: what `train_dataloader` serves: ``full`` (all training data), ``retain``, ``forget``,
-            ``paired`` (both at once, the shorter stream is cycled) or ``statistics`` (forget and
-            retain, each sample once, in id order).
+            ``paired`` (both at once, the shorter stream is cycled), ``statistics`` (forget and
+            retain, each sample once, in id order) or, for questions about pictures, ``decoupled``
+            (see `mmforget.data.questions`).
         shots: exactly this many training samples per class for forget and retain.
         missing_classes: retained classes without training samples.
         retain_fraction: share of the retain set, drawn uniformly, in (0, 1].
@@ -558,10 +559,12 @@ class ForgetDataModule(LightningDataModule):
         return int(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
 
     def _train_loader(self, role: Role) -> DataLoader[dict[str, Tensor]]:
-        data = self.subset("train", role)
+        return self._stream(self.subset("train", role), role)
+
+    def _stream(self, data: ImageDataset, name: str) -> DataLoader[dict[str, Tensor]]:
         if self.augment:
             data = data.augmented(self.seed)
-        return self.loader(data, shuffle=True, purpose=f"train-{role}")
+        return self.loader(data, shuffle=True, purpose=f"train-{name}")
 
     def train_dataloader(self) -> Any:
         """Return the loader of the current `view`."""
@@ -569,13 +572,22 @@ class ForgetDataModule(LightningDataModule):
             return self._train_loader("all")
         if self.view == "statistics":
             return self.loader(self._statistics())
-        if self.view == "paired":
+        if self.view == "paired" or self.view == "decoupled":
             streams = {
                 "forget": self._train_loader("forget"),
                 "retain": self._train_loader("retain"),
             }
+            if self.view == "decoupled":
+                streams["decouple"] = self._stream(self._decoupled(), "decouple")
             return CombinedLoader(streams, mode="max_size_cycle")
         return self._train_loader(self.view)
+
+    def _decoupled(self) -> ImageDataset:
+        """What the view ``decoupled`` serves besides forget and retain."""
+        raise ConfigurationError(
+            f"`view` is 'decoupled', which needs questions about pictures, but "
+            f"{type(self).__name__} has none; use 'paired'"
+        )
 
     def _statistics(self) -> ImageDataset:
         """Forget and retain data in id order; unlabelled unless both labels were declared."""
