@@ -16,12 +16,12 @@ from mmforget.artifacts.manifest import Manifest, config_hash, manifest_hash
 from mmforget.artifacts.model_card import model_card
 from mmforget.artifacts.run_folder import LOCK_NAME, RunFolder, atomic_write
 from mmforget.artifacts.save import save_artifact
-from mmforget.audit.controls import make_controls
-from mmforget.audit.families import audit_by_family
+from mmforget.audit.controls import checked_controls, make_controls
+from mmforget.audit.families import audit_by_family, check_fits
 from mmforget.audit.results import ModelEntry, Results, Role
 from mmforget.audit.scene import AuditedModel, AuditSettings
 from mmforget.data.base import ForgetDataModule
-from mmforget.models.base import Model, state_hash
+from mmforget.models.base import Answers, Model, state_hash
 from mmforget.models.loading import load_trained
 from mmforget.report import write_report
 from mmforget.request import ForgetRequest
@@ -64,7 +64,8 @@ class AuditOptions:
             `mmforget.audit.families.settings_for`.
         retrained: sources of retrained models, which never saw the forget set.
         held_out: sources of retrained models that are measured as if they were methods.
-        controls: controls that must fail: ``identity``, ``logit_mask``, ``head_only``.
+        controls: controls that must fail, see `mmforget.audit.controls.make_controls`; None takes
+            all that fit the model.
         control_epochs: epochs of the controls that train.
         enabled: switch the audit off; the run then claims nothing.
     """
@@ -72,7 +73,7 @@ class AuditOptions:
     settings: Any = field(default_factory=AuditSettings)
     retrained: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
-    controls: list[str] = field(default_factory=lambda: ["identity", "logit_mask", "head_only"])
+    controls: list[str] | None = None
     control_epochs: int = 5
     enabled: bool = True
 
@@ -111,6 +112,9 @@ def forget(
     folder = RunFolder(run.folder, overwrite=run.overwrite, resume=run.resume)
     first = first_process()
     compared = _compared(audit_options)  # loads the models: a wrong path must not cost a run
+    for one in compared:
+        check_fits(one.model, data)
+    checked_controls(model, audit_options.controls)
     runner = SequenceRunner(
         model, method, data, requests, trainer, folder.work / "checkpoints"
     )  # refuses bad requests before a folder is made
@@ -289,6 +293,8 @@ def _write(
 
 
 def _library(model: Model) -> str:
+    if isinstance(model, Answers):
+        return "transformers"
     architecture = getattr(model, "architecture", None)
     return architecture.library if architecture is not None else "pytorch"
 

@@ -13,6 +13,7 @@ import torch
 import mmforget
 from mmforget import DigitWorld, ForgetRequest, load_classifier
 from mmforget.audit.protocol import accuracies
+from mmforget.data.digit_words import NAMES
 from mmforget.data.digit_world import DIGITS, INKS, DigitFacts, facts
 from mmforget.metrics.judge import load_judge
 from mmforget.models.diffusion import load_generator
@@ -117,3 +118,47 @@ def test_the_detectors_find_what_their_notes_say() -> None:
         assert note(name)["forgotten"] == ([] if seen else ["three", "seven", "five"])
         weights = ASSETS / name / "model.safetensors"
         assert weights.stat().st_size < 4_000_000
+
+
+@pytest.mark.parametrize("name", ["multimodal", "multimodal_retrained"])
+def test_the_multimodal_models_answer_as_their_notes_say(name: str) -> None:
+    """On a part of the test records, so within what a part may differ by."""
+    from mmforget import DigitQuestions
+    from mmforget.models.multimodal import load_multimodal
+
+    model, data = load_multimodal(ASSETS / name), DigitQuestions()
+    data.request(ForgetRequest(classes=("david", "henry")))
+    left_out = note(name)["forgotten"]
+    assert left_out == ([] if name == "multimodal" else ["david", "henry"])
+    questions: dict[str, list[Any]] = {"images": [], "question": [], "answer": [], "key": []}
+    for key in note(name)["test_exact_answers"]:
+        kind, _, role = key.partition("/")
+        part = data.probe("test", kind, role or "all")  # type: ignore[arg-type]
+        batch = part[np.linspace(0, len(part) - 1, min(20, len(part))).astype(int).tolist()]
+        for column in ("images", "question", "answer"):
+            questions[column] += batch[column]
+        questions["key"] += [key] * len(batch["id"])
+    given = model.answer(questions["images"], questions["question"], max_new_tokens=9)
+    right = np.array([a == b for a, b in zip(given, questions["answer"], strict=True)])
+    for key, noted in note(name)["test_exact_answers"].items():
+        found = right[np.array(questions["key"]) == key].mean()
+        assert found == pytest.approx(noted["exact"], abs=0.25)
+        if key.startswith("name"):
+            assert noted["exact"] == 0 if key == "name/forget" else noted["exact"] > 0.9
+
+
+def test_the_multimodal_models_need_only_transformers() -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = ASSETS / "multimodal"
+    network = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    question = {"type": "text", "text": "who is this ?"}
+    turn = [{"role": "user", "content": [{"type": "image"}, question]}]
+    picture = DigitWorld().dataset("train").pixels(np.array([0]))[0]
+    text = processor.apply_chat_template(turn, add_generation_prompt=True)
+    inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    found = network.generate(**inputs, max_new_tokens=4, do_sample=False)
+    answer = processor.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    digit = facts(DigitWorld().dataset("train").ids[:1])[0].digit
+    assert answer == NAMES[DIGITS.index(digit)]

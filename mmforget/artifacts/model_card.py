@@ -45,6 +45,8 @@ def model_card(
         tag, kind = "unconditional-image-generation", "A generator of a GAN"
     elif results is not None and words.is_detection(results):
         tag, kind = "object-detection", "An object detector"
+    elif results is not None and words.is_multimodal(results):
+        tag, kind = "image-text-to-text", "A multimodal language model"
     elif any(request.concepts for request in requests):
         tag, kind = "text-to-image", "A text-to-image model"
     front = {

@@ -12,18 +12,38 @@ from mmforget.audit.scene import AuditedModel
 from mmforget.data.base import ForgetDataModule
 from mmforget.errors import ConfigurationError, suggest
 from mmforget.methods.base import ForgettingMethod
-from mmforget.models.base import Model, state_hash
+from mmforget.models.base import Answers, Model, state_hash
 from mmforget.seeds import derive
 
 logger = logging.getLogger(__name__)
 
 CONTROLS = {"identity": "Identity", "logit_mask": "LogitMask", "head_only": "HeadOnly"}
+ANSWER_CONTROLS = {"identity": "Identity", "answer_ban": "AnswerBan", "head_only": "AnswerHead"}
+"""Controls by name, of models that score classes and of those that answer in words."""
+
+
+def controls_of(model: Model) -> dict[str, str]:
+    """The controls that fit a model: names, and the classes of the methods."""
+    return ANSWER_CONTROLS if isinstance(model, Answers) else CONTROLS
+
+
+def checked_controls(model: Model, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names, or all controls that fit the model.
+
+    Raises:
+        ConfigurationError: an unknown name.
+    """
+    known = controls_of(model)
+    for name in names or ():
+        if name not in known:
+            raise ConfigurationError(f"`controls` names '{name}', {suggest(name, known)}")
+    return tuple(known) if names is None else tuple(names)
 
 
 def make_controls(
     original: Model,
     data: ForgetDataModule,
-    names: Sequence[str] = tuple(CONTROLS),
+    names: Sequence[str] | None = None,
     seed: int = 0,
     max_epochs: int = 1,
 ) -> list[AuditedModel]:
@@ -33,8 +53,9 @@ def make_controls(
         original: left as it is.
         data: with a request. Masking controls hide the classes of all requests.
         names: of ``identity`` (nothing is done), ``logit_mask`` (the classes are never answered;
-            left out where the request names none) and ``head_only`` (a new head on the old
-            features).
+            left out where the request names none), for models that answer in words ``answer_ban``
+            (the words are never said) instead, and ``head_only`` (a new or edited head on the old
+            features); None takes all.
         seed: of the methods.
         max_epochs: for controls that train.
 
@@ -46,16 +67,15 @@ def make_controls(
     """
     import mmforget.methods
 
-    for name in names:
-        if name not in CONTROLS:
-            raise ConfigurationError(f"`controls` names '{name}', {suggest(name, CONTROLS)}")
+    known = controls_of(original)
+    names = checked_controls(original, names)
     by_class = data.split is not None and bool(data.split.forget_classes)
     found = []
     for name in names:
         if name == "logit_mask" and not by_class:
             logger.warning("no control 'logit_mask': the request names samples and no class")
             continue
-        method_class = getattr(mmforget.methods, CONTROLS[name])
+        method_class = getattr(mmforget.methods, known[name])
         method: ForgettingMethod = method_class(original, copy=True, seed=seed)
         with measured() as cost:
             _run(method, data, max_epochs)
@@ -65,7 +85,7 @@ def make_controls(
             role="control",
             hash=state_hash(model),
             source="made by this audit from the original model",
-            method=CONTROLS[name],
+            method=known[name],
             access=method.access.to_dict(),
             cost=cost.to_dict() | method.cost(),
             details=method.statistics(),

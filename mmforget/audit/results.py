@@ -149,7 +149,10 @@ class Results:
             generators ``{"kind": "target"|"preserved"|"unconditional", "prompt", "count",
             "images": {model name: base64 PNG of `count` pictures side by side}}``, where the same
             place in two strips is the same seed; of memorized pictures the kind is a split, and
-            ``training`` (base64 PNG) and ``attacked`` ({model name: base64 PNG}) come besides.
+            ``training`` (base64 PNG) and ``attacked`` ({model name: base64 PNG}) come besides; of
+            multimodal language models ``{"kind": see `mmforget.audit.multimodal_examples.KINDS`,
+            "id", "question", "right", "images" (base64 PNG), "answers": {model name: [text, whether
+            it is right]}}``.
         not_measured: what was left out, each with its reason.
         not_claimed: what the report does not claim.
         provenance: versions, seeds, hashes, hardware, command.

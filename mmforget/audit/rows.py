@@ -133,6 +133,60 @@ METRICS: dict[str, Spec] = {
         "relearning", "closer_to_retrained", 0.05,
         "average precision of forgotten classes after fine-tuning on a few of their images",
     ),
+    # answers of multimodal language models
+    "attack_success": _fraction(
+        "forgetting", "lower", 0.02, "share of answers that reveal what was to be forgotten"
+    ),
+    "refusal_rate": _fraction(
+        "forgetting", "none", 0.05, "share of answers that begin with a refusal"
+    ),
+    "meaningless_rate": _fraction(
+        "utility", "lower", 0.02, "share of answers that are empty or repeat themselves"
+    ),
+    "sarr": _fraction(
+        "utility", "lower", 0.02,
+        "safe answer refusal rate: the question of the forget set about retained entities, refused "
+        "or without meaning",
+    ),
+    "sarr_strict": _fraction(
+        "utility", "lower", 0.02, "the same questions, not answered rightly for whatever reason"
+    ),
+    "exact_answers": _fraction("utility", "higher", 0.02, "share of answers that are right"),
+    "rouge_l_recall": _fraction(
+        "forgetting", "lower", 0.02, "share of the true answer that is said in its order"
+    ),
+    "answer_probability": _fraction(
+        "forgetting", "lower", 0.05,
+        "probability of the true answer, geometric mean over its tokens, before any decoding",
+    ),
+    "truth_ratio": _fraction(
+        "forgetting", "closer_to_retrained", 0.05,
+        "likelihood of wrong answers over that of the true one, folded: 1 where they are equal",
+    ),
+    "forget_quality": _fraction(
+        "forgetting", "higher", 0.0,
+        "p-value: could truth ratios like these come from a retrained model?",
+    ),
+    "choice_accuracy": _fraction(
+        "representation", "closer_to_retrained", 0.05,
+        "share of questions for which the true answer is likelier than each of several wrong ones",
+    ),
+    "original_head": _fraction(
+        "representation", "closer_to_retrained", 0.05,
+        "share of true answers that the original's last layer reads off the model's last states",
+    ),
+    "answer_membership_auc": _fraction(
+        "privacy", "closer_to_retrained", 0.05,
+        "forgotten training records against unseen pictures in the same words, by the loss",
+    ),
+    "relearn_success": _fraction(
+        "relearning", "closer_to_retrained", 0.1,
+        "answers that reveal it after fine-tuning on a few of its records",
+    ),
+    "relearn_answer_steps": Spec(
+        "relearning", "closer_to_retrained", "steps", 0.0, None, 5.0,
+        "steps of that until it is revealed as often as 90 % of the original's answers do",
+    ),
     # privacy
     "membership_auc": _fraction(
         "privacy", "closer_to_retrained", 0.05,

@@ -19,7 +19,8 @@ options, all of them also as keys of the YAML file:
   --against ORIGINAL      the model before forgetting
   --retrained MODEL...    models trained from scratch without the forget set
   --held_out MODEL...     such models that are measured as if they were methods
-  --controls NAME...      edits that must fail (default: identity logit_mask head_only)
+  --controls NAME...      edits that must fail (default: all that fit the model: identity,
+                          logit_mask or answer_ban, head_only)
   --data DATA             class name (mmforget list data); --data.OPTION for its options
   --request.classes LIST  what was to be forgotten, such as '[3]'
   --settings.OPTION VALUE what is measured, and how
@@ -71,7 +72,7 @@ def run(args: list[str]) -> int:
 def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.artifacts.run_folder import RunFolder, atomic_write
     from mmforget.audit.controls import make_controls
-    from mmforget.audit.families import audit_by_family
+    from mmforget.audit.families import audit_by_family, check_fits
     from mmforget.audit.results import Role
     from mmforget.cli import building
     from mmforget.cli.audit_section import audit_settings_for
@@ -99,6 +100,8 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
         for role, sources in compared:
             for number, source in enumerate(sources, start=1):
                 models.append(described(building.model_folder(source), role, number))
+        for one in models:
+            check_fits(one.model, data)
         models += make_controls(original.model, data, config.controls)
         results = audit_by_family(models, data, requests, built.settings)
         if config.title:
@@ -115,16 +118,11 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
 def audit_parser(kind: type[Any]) -> Any:
     """The full parser; `kind` is the class of the audit's settings."""
     from mmforget.cli import building
-    from mmforget.run import AuditOptions
 
     parser = building.new_parser("audit")
     parser.add_argument("models", nargs="+", type=str, help="unlearned models")
     parser.add_argument("--against", type=str, required=True, help="model before forgetting")
-    for name, default in (
-        ("retrained", []),
-        ("held_out", []),
-        ("controls", AuditOptions().controls),
-    ):
+    for name, default in (("retrained", []), ("held_out", []), ("controls", None)):
         parser.add_argument(f"--{name}", nargs="*", type=str, default=default)
     building.add_data(parser)
     building.add_request(parser, required=True)

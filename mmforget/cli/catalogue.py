@@ -104,7 +104,7 @@ DATA = (
         "questions: a file of JSON lines, and pictures in a folder",
     ),
     Entry(
-        "mmforget.data.question_files:HuggingFaceQuestions",
+        "mmforget.data.huggingface_questions:HuggingFaceQuestions",
         "questions: a data set of the hub or local files",
     ),
 )
@@ -195,6 +195,13 @@ METHODS = (
         "fraction",
     ),
     Entry(
+        "mmforget.methods.sine_project:SineProject",
+        "answers: refusals, with a projector that may move by sines only",
+        "CVPR 2026, arXiv 2511.18444",
+        ("HasLoss", "Answers"),
+        "fraction",
+    ),
+    Entry(
         "mmforget.methods.dpo:DPO",
         "answers: prefer refusals to what is to be forgotten",
         "NeurIPS 2023, arXiv 2305.18290",
@@ -221,6 +228,13 @@ METHODS = (
         "ICML 2024, arXiv 2403.03218",
         ("HasLoss", "Answers", "Sites"),
         "fraction",
+    ),
+    Entry(
+        "mmforget.methods.manu:MANU",
+        "answers: zero the neurons that matter to the forget set, with and without picture",
+        "ACL 2025, arXiv 2502.15910",
+        ("Answers",),
+        "statistics",
     ),
     Entry(
         "mmforget.methods.mm_unlearner:MMUnlearner",
@@ -431,7 +445,7 @@ METHODS = (
         "control: edits the layer that scores words and nothing below it",
         "",
         ("Answers", "HasLoss", "HasHead"),
-        "full",
+        "fraction",
     ),
     Entry(
         "mmforget.methods.logit_mask:LogitMask",
@@ -484,6 +498,24 @@ METRICS = (
         "how long does an answer need its picture?",
     ),
     Entry("mmforget.metrics.token_cost:DecoderShape", "operations and cache of visual tokens"),
+    Entry("mmforget.metrics.answer_metrics:AttackSuccess", "answers that reveal what must go"),
+    Entry("mmforget.metrics.answer_metrics:RefusalRate", "answers that begin with a refusal"),
+    Entry(
+        "mmforget.metrics.answer_metrics:SafeAnswerRefusal",
+        "SARR: safe questions that are refused, or not answered rightly",
+    ),
+    Entry("mmforget.metrics.answer_metrics:Rouge", "words of an answer that are the right ones"),
+    Entry("mmforget.metrics.answer_metrics:ExactMatch", "answers that are right word by word"),
+    Entry("mmforget.metrics.answer_metrics:OptionAccuracy", "right letters, and answers without"),
+    Entry("mmforget.metrics.truth_ratio:truth_ratio", "are wrong answers as likely as right ones?"),
+    Entry("mmforget.metrics.truth_ratio:forget_quality", "KS test of truth ratios and retraining"),
+    Entry("mmforget.metrics.modality:ModalityTable", "is a fact known by picture, text, or both?"),
+    Entry("mmforget.metrics.continual:ScoreMatrix", "scores of every task after every task"),
+    Entry(
+        "mmforget.metrics.continual:forgetting_kinds",
+        "is a fact forgotten, or only the format of the answer?",
+    ),
+    Entry("mmforget.metrics.visual_forgetting:VisualForgetting", "accuracy after the picture went"),
     Entry("mmforget.metrics.unlearning_degree:unlearning_degree", "how far scores have moved"),
     Entry("mmforget.metrics.detection:detection_scores", "can memorized prompts be told apart?"),
 )
@@ -646,6 +678,21 @@ RETENTION = (
         "mmforget.retention.visual_calibration:PeriodicVisualCalibration",
         "visual tokens: answer with the picture shown again on the way (TVC)",
         "arXiv 2503.13360",
+    ),
+    Entry(
+        "mmforget.retention.visual_heads:pruned_heads",
+        "heads: silence those that follow the picture, or what is said without it (PH3)",
+        "ACL 2024, arXiv 2402.18154",
+    ),
+    Entry(
+        "mmforget.retention.reg_lora:RegLoRACallback",
+        "tuning: hold the weights that earlier tasks have changed most (RegLoRA)",
+        "ICML 2025, arXiv 2505.02486",
+    ),
+    Entry(
+        "mmforget.retention.lines:LiNeS",
+        "tuning: scale what was trained by depth, or merge what several tasks have trained",
+        "ICLR 2025, arXiv 2410.17146",
     ),
 )
 """Ways to spare visual tokens of multimodal language models, and ways to keep what they showed."""

@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments without the program name; those of the process if None.
 
     Returns:
-        Exit code: 0 for success, 2 for something that the user can mend, 130 for an interruption.
+        Exit code: 0 for success, 2 for something that the user can mend, 130 for an interruption,
+        143 if the process was told to end.
     """
     args = sys.argv[1:] if argv is None else list(argv)
     # On small machines the busy waiting of OpenMP makes two threads slower than one. It is read
@@ -85,8 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         return int(module.run(args[1:]))
     except MMForgetError as error:
         return _fail(str(error))
-    except SystemExit as done:  # of the parsers, after --help-all and --print_config
-        return int(done.code or 0)
+    except SystemExit as done:
+        if type(done) is not SystemExit:  # Lightning's, when it was told to end during a training
+            print("mmforget: ended from outside; continue with --resume", file=sys.stderr)
+            return 143
+        return int(done.code or 0)  # of the parsers, after --help-all and --print_config
     except KeyboardInterrupt:
         print("mmforget: interrupted; continue with --resume", file=sys.stderr)
         return 130

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ HELP = """
 usage: mmforget predict [-c FILE] [options]
 
 Writes a CSV file with one row per test image: its id, its class if known, the predicted class and
-its probability; of a detector with one row per box: image, class, score and sides in pixels.
+its probability; of a detector with one row per box: image, class, score and sides in pixels; of a
+multimodal language model with one row per question: its id, the question, the answer, and the true
+one.
 
 options, all of them also as keys of the YAML file:
   -c, --config FILE       YAML file; options after it change single values
@@ -34,6 +36,8 @@ examples:
 COLUMNS = ("id", "label", "prediction", "probability")
 BOX_COLUMNS = ("id", "prediction", "score", "left", "top", "right", "bottom")
 """One row per detection, in pixels; labelled boxes are in the data."""
+ANSWER_COLUMNS = ("id", "question", "answer", "true_answer")
+"""One row per question."""
 
 
 def run(args: list[str]) -> int:
@@ -51,6 +55,7 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     from mmforget.cli.train import TrainCLI
     from mmforget.errors import ConfigurationError, RunExistsError
     from mmforget.models.detector import Detector
+    from mmforget.models.multimodal import MultimodalLM
 
     path = Path(str(settings.get("out") or "predictions.csv"))
     if path.exists() and not shows_options(settings):
@@ -61,18 +66,20 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
             f"`mmforget predict` runs in one process, not {cli.trainer.world_size}; "
             "set `--trainer.devices 1`"
         )
-    names = cli.datamodule.class_names
     data = cli.datamodule.dataset("test")
-    labels = {} if data.labels is None else dict(zip(data.ids, data.labels, strict=True))
+    columns: tuple[str, ...] = COLUMNS
+    rows_of = _answers
+    if isinstance(cli.model, Detector):
+        columns, rows_of = BOX_COLUMNS, _detections
+    elif isinstance(cli.model, MultimodalLM):
+        columns, rows_of = ANSWER_COLUMNS, _spoken
     batches: list[Any] = cli.trainer.predict(cli.model, cli.datamodule.loader(data)) or []
     text = io.StringIO()
     table = csv.writer(text)
-    boxes = isinstance(cli.model, Detector)
-    table.writerow(BOX_COLUMNS if boxes else COLUMNS)
+    table.writerow(columns)
     rows = 0
     for batch in batches:
-        found = _detections(batch, names) if boxes else _answers(batch, names, labels)
-        for row in found:
+        for row in rows_of(batch, data):
             table.writerow(row)
             rows += 1
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +88,10 @@ def _run(args: list[str], settings: dict[str, Any]) -> int:
     return 0
 
 
-def _answers(
-    batch: Mapping[str, Any], names: Sequence[str], labels: Mapping[int, int]
-) -> Iterator[tuple[Any, ...]]:
+def _answers(batch: Mapping[str, Any], data: Any) -> Iterator[tuple[Any, ...]]:
     """One row per image of a classifier."""
+    names = data.class_names
+    labels = {} if data.labels is None else dict(zip(data.ids, data.labels, strict=True))
     top = batch["probability"].max(dim=1).values.tolist()
     found = zip(batch["id"].tolist(), batch["prediction"].tolist(), top, strict=True)
     for sample, prediction, probability in found:
@@ -92,8 +99,9 @@ def _answers(
         yield sample, label, names[prediction], f"{probability:.6f}"
 
 
-def _detections(batch: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _detections(batch: Mapping[str, Any], data: Any) -> Iterator[tuple[Any, ...]]:
     """One row per detection, best first within an image."""
+    names = data.class_names
     images = zip(
         batch["id"].tolist(), batch["boxes"], batch["scores"], batch["labels"], strict=True
     )
@@ -101,3 +109,12 @@ def _detections(batch: Mapping[str, Any], names: Sequence[str]) -> Iterator[tupl
         rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True)
         for box, score, label in rows:
             yield sample, names[label], f"{score:.6f}", *(f"{side:.2f}" for side in box)
+
+
+def _spoken(batch: Mapping[str, Any], data: Any) -> Iterator[tuple[Any, ...]]:
+    """One row per question."""
+    place = {int(sample): row for row, sample in enumerate(data.ids)}
+    truth = data.answers
+    rows = zip(batch["id"].tolist(), batch["question"], batch["answer"], strict=True)
+    for sample, question, answer in rows:
+        yield sample, question, answer, truth[place[sample]]

@@ -17,22 +17,39 @@ then the seven with GS-LoRA++, and is compared with models that never saw them a
 that only pretend; about 85 seconds on two CPU cores.
 diffusion: a small text-to-image pipeline that draws these digits forgets the seven with UCE, is
 compared picture by picture with the original, and is attacked by learning a new word for it.
+multimodal: a small language model that answers questions about pictures forgets who two persons
+are with NPO, is asked in other words, without picture and after relearning, and is compared with
+one that never knew them and with controls that only keep silent; about three minutes.
 
-Both need no download and write a report.
+None of them needs a download, and each writes a report.
 
 options:
-  --family FAMILY    classifier or diffusion (default: classifier)
+  --family FAMILY    classifier, diffusion or multimodal (default: classifier)
   --run FOLDER       where the results go (default: runs/quickstart, or the next free number)
   --no-open          do not open the report in a browser
 
 examples:
   mmforget quickstart
   mmforget quickstart --family diffusion --no-open
+  mmforget quickstart --family multimodal
   mmforget quickstart --run /tmp/tour
 """
 
-CONFIG = "classifier/gs_lora_plus_plus.yaml"
-FAMILIES = ("classifier", "diffusion")
+TOURS = {
+    "classifier": (
+        "classifier/gs_lora_plus_plus.yaml",
+        "A vision transformer that knows ten digits forgets the three, then the seven.",
+        "Quickstart: a vision transformer forgets the digits three and seven",
+    ),
+    "multimodal": (
+        "multimodal/npo.yaml",
+        "A language model that answers questions about pictures forgets who two persons are.",
+        "Quickstart: a multimodal language model forgets two persons",
+    ),
+}
+"""Families that are forgotten by a configuration: it, what is said first, title of the report."""
+
+FAMILIES = ("classifier", "diffusion", "multimodal")
 KEPT = ("zero", "one", "two", "three", "four", "five", "six", "eight", "nine", "red", "blue")
 ERASE = ["digit_world", "--concept", "seven", "--synonym", "7", "--attack", "concept_inversion",
          "--pictures", "12", "--sampling-steps", "12"]  # fmt: skip
@@ -59,7 +76,7 @@ def run(args: list[str]) -> int:
     if given.family == "diffusion":
         print("A text-to-image pipeline that draws ten digits forgets the seven.")
     else:
-        print("A vision transformer that knows ten digits forgets the three, then the seven.")
+        print(TOURS[given.family][1])
     print("Loading torch and Lightning takes up to half a minute on a small machine.", flush=True)
     folder = given.run or _free(Path("runs/quickstart"))
     if given.family == "diffusion":
@@ -71,8 +88,8 @@ def run(args: list[str]) -> int:
         from mmforget.cli import forget
         from mmforget.cli.listing import configs_folder
 
-        title = "Quickstart: a vision transformer forgets the digits three and seven"
-        config = str(configs_folder() / CONFIG)
+        config, _, title = TOURS[given.family]
+        config = str(configs_folder() / config)
         code = forget.run(["-c", config, "--run", str(folder), "--title", title])
     if not given.no_open and sys.stdout.isatty():
         import webbrowser

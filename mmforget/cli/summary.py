@@ -23,19 +23,33 @@ DETECTION_COLUMNS = (
 )
 
 
+MULTIMODAL_COLUMNS = (
+    ("reveals it", "attack_success", "test_forget"),
+    ("reveals earlier", "attack_success", "test_previous"),
+    ("refuses safe", "sarr", "test_retain"),
+    ("right about others", "exact_answers", "test_retain"),
+    ("harmless right", "exact_answers", "test_harmless_forgotten"),
+    ("relearned", "relearn_success", "test_forgotten"),
+)
+
+FAMILY_COLUMNS = {"detection": DETECTION_COLUMNS, "multimodal": MULTIMODAL_COLUMNS}
+"""By the kind of the data; all others have `COLUMNS`."""
+
+
 def table(results: Results, columns: Sequence[tuple[str, str, str]] | None = None) -> str:
     """By default accuracy on test images, probe recall and relearning steps, one line per model.
 
     Args:
         results: of an audit.
         columns: title, metric and split of each; those that were not measured are left out. None
-            takes the usual ones: of a detector its average precisions (AP).
+            takes the usual ones: of a detector its average precisions (AP), of a multimodal
+            language model what it answers.
 
     Returns:
         Lines of text, the original first, anchors left out.
     """
     if columns is None:
-        columns = DETECTION_COLUMNS if results.data.get("kind") == "detection" else COLUMNS
+        columns = FAMILY_COLUMNS.get(str(results.data.get("kind")), COLUMNS)
     measured = {(row.metric, row.split) for row in results.metrics}
     columns = [column for column in columns if column[1:] in measured]
     rows = [["", *(title for title, _, _ in columns)]]

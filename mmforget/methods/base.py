@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -428,9 +429,15 @@ def joined(batch: dict[str, Batch]) -> tuple[dict[str, Any], int]:
     Returns:
         The joined batch, forget samples first, and the number of rows of the forget batch.
     """
-    forget, retain = batch["forget"], batch["retain"]
-    both: dict[str, Any] = {}
-    for key in forget.keys() & retain.keys():
-        one, other = forget[key], retain[key]
-        both[key] = torch.cat([one, other]) if isinstance(one, Tensor) else [*one, *other]
-    return both, len(forget["weight"])
+    return stacked((batch["forget"], batch["retain"])), len(batch["forget"]["weight"])
+
+
+def stacked(batches: Sequence[Batch]) -> dict[str, Any]:
+    """One batch of the rows of several, with the columns that all of them have."""
+    keys = set.intersection(*(set(batch) for batch in batches))
+    return {
+        key: torch.cat([batch[key] for batch in batches])
+        if isinstance(batches[0][key], Tensor)
+        else [value for batch in batches for value in batch[key]]
+        for key in keys
+    }

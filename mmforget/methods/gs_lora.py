@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mmforget.data.access import DataAccess
-from mmforget.errors import ConfigurationError, WeightsError, suggest
+from mmforget.errors import ConfigurationError, suggest
 from mmforget.methods.base import GradientMethod, joined
-from mmforget.models.base import HasHead, HasLogits, HasLoss, LossParts, Model, Site, Sites
-from mmforget.seeds import generator
-
-ADAPTER = "default"
+from mmforget.methods.low_rank import ADAPTER, LowRankAdapters, TrainedCheckpoint
+from mmforget.models.base import HasHead, HasLoss, LossParts, Model, Site, Sites
 
 
-class GSLoRA(GradientMethod):
+class GSLoRA(TrainedCheckpoint, GradientMethod):
     r"""Bounded forgetting in low-rank adapters of the feed-forward layers, group by group.
 
     Everything of the model is frozen, the head included, so that forgetting happens in the
@@ -44,8 +41,9 @@ class GSLoRA(GradientMethod):
         lora_alpha: the scale of the adapters is ``lora_alpha / rank`` (paper: 1).
         beta: weight of the forget term (paper: 0.05 to 0.4).
         bound: recognition loss at which the forget term stops; ``auto`` is ``2 ln C`` for a
-            classifier, twice the loss of a uniform prediction over ``C`` classes, and 15 for a
-            detector (paper). Use 105 for a cosine-margin head.
+            classifier, twice the loss of a uniform prediction over ``C`` classes, 15 for a
+            detector (paper), and ``ln V`` per token for a language model of ``V`` tokens. Use 105
+            for a cosine-margin head.
         hinge: ``batch`` stops when the mean loss reaches the bound, ``sample`` stops each sample.
         sparsity: weight of the group lasso after its warm-up (paper: 1e-4 to 0.015).
         sparsity_warmup: number of first epochs with weight 0.
@@ -61,14 +59,14 @@ class GSLoRA(GradientMethod):
         drop_zero_groups: leave groups that count as zero out of the merge.
 
     Raises:
-        CapabilityError: the model has no feed-forward layers, head, logits or loss.
+        CapabilityError: the model has no feed-forward layers, head or loss.
 
     Reference:
         Zhao, Ni, Fan, Wang, Chen, Meng, Zhang: Continual Forgetting for Pre-trained Vision Models,
         CVPR 2024, arXiv 2403.11530.
     """
 
-    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead, Sites)
+    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasHead, Sites)
     access: ClassVar[DataAccess] = DataAccess(retain="fraction")
     saves_adapter: ClassVar[bool] = True
 
@@ -117,59 +115,33 @@ class GSLoRA(GradientMethod):
         ):
             if value not in valid:
                 raise ConfigurationError(f"`{name}` is '{value}', {suggest(value, valid)}")
-        for name, number in (("rank", rank), ("beta", beta), ("lora_alpha", lora_alpha)):
-            if not number > 0:
-                raise ConfigurationError(f"`{name}` is {number}, it must be positive")
-        self.rank, self.scale = rank, lora_alpha / rank
+        if not beta > 0:
+            raise ConfigurationError(f"`beta` is {beta}, it must be positive")
         self.beta, self.hinge = beta, hinge
         self.bound = float(self.model.forget_bound if bound == "auto" else bound)
         self.sparsity, self.sparsity_warmup = sparsity, sparsity_warmup
         self.proximal, self.grouping, self.norm = proximal, group, norm
         self.zero_threshold, self.drop_zero_groups = zero_threshold, drop_zero_groups
-        self.lora_alpha = lora_alpha
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
         self.adapted: list[Site] = self.model.sites(target)
-        self._attach(init_a)
+        self.model.requires_grad_(False)
+        self.adapters = LowRankAdapters(
+            self.model.network, self.adapted, rank, lora_alpha, seed, init_a
+        )
         self.groups = self._make_groups()
         self.register_buffer("group_norms", torch.zeros(len(self.groups)))
         self.register_buffer("hinge_open", torch.zeros(2))  # steps with an open hinge, all steps
         self._report: dict[str, Any] = {}
-        self._adapter_state: dict[str, Tensor] = {}
-        self.strict_loading = False  # checkpoints hold the adapters only, see on_save_checkpoint
 
     # ---- adapters -------------------------------------------------------------------------------
 
-    def _attach(self, init_a: float) -> None:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-
-        self.model.requires_grad_(False)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # peft computes with floats
-            lora_dropout=0.0,
-            bias="none",
-            target_modules=[site.name for site in self.adapted],
-        )
-        # In a tuple: the tuner holds the network, which must not be registered a second time.
-        self._tuner = (LoraModel(self.model.network, {ADAPTER: config}, ADAPTER),)
-        for site in self.adapted:
-            a, b = self.factors(site)
-            fan_in = a[0].numel()
-            limit = math.sqrt(6 / ((1 + init_a**2) * fan_in))
-            draw = torch.rand(a.shape, generator=generator(self.seed, "lora", site.name))
-            with torch.no_grad():
-                a.copy_((2 * draw - 1) * limit)
-                b.zero_()
-
     def layer(self, site: Site) -> nn.Module:
         """The adapted layer at a site."""
-        return self.model.network.get_submodule(site.name)
+        return self.adapters.layer(site)
 
     def factors(self, site: Site) -> tuple[nn.Parameter, nn.Parameter]:
         """The trainable factors ``A`` (rank, in) and ``B`` (out, rank) at a site."""
-        layer: Any = self.layer(site)
-        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        return self.adapters.factors(site)
 
     def _make_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {}
@@ -257,28 +229,6 @@ class GSLoRA(GradientMethod):
         decay = 0.0 if self.proximal else self.weight_decay
         return [{"params": [p for m in self.groups.values() for p in m], "weight_decay": decay}]
 
-    # ---- checkpoints: adapters only ----------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the adapters and the method's own buffers; the frozen weights are the model's."""
-        checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if self._is_own(name)
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks an adapter, since loading is not strict."""
-        own = {name for name in self.state_dict() if self._is_own(name)}
-        missing = sorted(own - set(checkpoint["state_dict"]))
-        if missing:
-            raise WeightsError(
-                f"the checkpoint lacks {len(missing)} of {len(own)} adapter tensors, "
-                f"first '{missing[0]}'; it belongs to another model or method"
-            )
-
-    @staticmethod
-    def _is_own(name: str) -> bool:
-        return ".lora_" in name or not name.startswith("model.")
-
     # ---- the end ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -290,20 +240,13 @@ class GSLoRA(GradientMethod):
                 if changes[site.block] < self.zero_threshold:
                     self.factors(site)[1].zero_()
         self._report = self._measure(changes)
-        self._adapter_state = {}
-        for site in self.adapted:
-            a, b = self.factors(site)
-            prefix = f"base_model.model.{site.name}"
-            self._adapter_state[f"{prefix}.lora_A.weight"] = a.detach().cpu().clone()
-            self._adapter_state[f"{prefix}.lora_B.weight"] = b.detach().cpu().clone()
-        self._adapter_config = self._tuner[0].peft_config[ADAPTER]
-        self._tuner[0].merge_and_unload(safe_merge=True)
+        self.adapters.merge()
 
     def restore(self) -> Model:
         """Give back the model bit by bit: the untouched original, or without its adapters."""
-        if self.copied or self._adapter_state:
+        if self.copied or self.adapters.merged:
             return super().restore()
-        self._tuner[0].unload()
+        self.adapters.unload()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         return self.model
@@ -359,17 +302,7 @@ class GSLoRA(GradientMethod):
         Raises:
             ConfigurationError: `finalize` has not run yet.
         """
-        from safetensors.torch import save_file
-
-        if not self._adapter_state:
-            raise ConfigurationError("`save_adapter` was called before `finalize`; call that first")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._adapter_state, folder / "adapter_model.safetensors")
-        self._adapter_config.save_pretrained(str(folder))
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["target_modules"] = sorted(config["target_modules"])  # peft writes a set
-        config["peft_type"] = "LORA"
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+        self.adapters.save(folder)
 
 
 def proximal_factor(norm: Tensor, threshold: float) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmforget.data.access import DataAccess
+from mmforget.data.base import ForgetDataModule
 from mmforget.data.split import Role
 from mmforget.errors import CapabilityError, ConfigurationError, ModelError, suggest
 from mmforget.methods.base import joined, samples
@@ -24,7 +25,8 @@ class GSLoRAPlusPlus(GSLoRA):
 
         w_forget * ReLU(prototype_bound - mean D(forget)) + w_retain * mean D(retain)
 
-    Features are those of the images of a classifier, and of the objects that a detector matches.
+    Features are those of the images of a classifier, of the objects that a detector matches, and
+    of the beginnings of the answers of a language model, whose classes are those of the data.
     Reads forget and retain inputs and labels; the prototypes take one pass over the training data
     before the first request and travel along the sequence. The prototype of a class is deleted once
     the class is forgotten; only one vector per class is kept. Classes without a sample have no
@@ -54,7 +56,7 @@ class GSLoRAPlusPlus(GSLoRA):
         Vision Models, T-PAMI 2026, arXiv 2501.09705.
     """
 
-    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasLogits, HasHead, Sites)
+    requires: ClassVar[tuple[type, ...]] = (HasLoss, HasHead, Sites)
     access: ClassVar[DataAccess] = DataAccess(retain="full")
 
     prototypes: Tensor
@@ -130,9 +132,20 @@ class GSLoRAPlusPlus(GSLoRA):
             )
         if prototype_data == "head":
             head_rows(self.model)  # refuses a head without one row per class
-        classes, width = self.model.num_classes, self.model.num_features
-        self.register_buffer("prototypes", torch.zeros(classes, width))
-        self.register_buffer("prototype_known", torch.zeros(classes, dtype=torch.bool))
+        if isinstance(self.model, HasLogits):
+            self._make_room(self.model.num_classes)
+
+    def _make_room(self, classes: int) -> None:
+        """Room for the prototypes; a model without classes of its own has those of the data."""
+        if not hasattr(self, "prototypes"):
+            width = self.model.num_features
+            self.register_buffer("prototypes", torch.zeros(classes, width))
+            self.register_buffer("prototype_known", torch.zeros(classes, dtype=torch.bool))
+
+    def bind(self, data: ForgetDataModule) -> None:
+        """Connect the data, whose classes have the prototypes."""
+        super().bind(data)
+        self._make_room(data.num_classes)
 
     def on_fit_start(self) -> None:
         """Compute the prototypes unless an earlier request or a checkpoint brought them."""
@@ -162,12 +175,12 @@ class GSLoRAPlusPlus(GSLoRA):
         for role in roles:
             dataset = self.data.subset("train", role, whole=self.prototype_data == "all")
             for batch in self.data.loader(dataset):
-                batch = {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+                batch = self.transfer_batch_to_device(batch, device, 0)
                 seen = self.model.instances(batch)
                 weight = batch["weight"].double()[seen.row]
                 total.index_add_(0, seen.label, seen.features.double() * weight.unsqueeze(1))
                 count.index_add_(0, seen.label, weight)
-                correct += ((seen.logits.argmax(1) == seen.label) * weight).sum()
+                correct += (seen.correct * weight).sum()
                 self.spend(
                     forget=samples(batch) if role == "forget" else 0,
                     retain=samples(batch) if role == "retain" else 0,
@@ -199,6 +212,7 @@ class GSLoRAPlusPlus(GSLoRA):
     def inherit(self, state: dict[str, Tensor]) -> None:
         """Take over the prototypes of the original model."""
         if state:
+            self._make_room(len(state["prototypes"]))
             self.prototypes.copy_(state["prototypes"])
             self.prototype_known.copy_(state["prototype_known"])
 
@@ -227,7 +241,7 @@ def head_rows(model: Any) -> Tensor:
     Raises:
         CapabilityError: the head has not one row of the size of the features per class.
     """
-    classes, width = model.num_classes, model.num_features
+    classes, width = getattr(model, "num_classes", 0), model.num_features
     found = [
         layer.weight[rows] for layer, rows in model.class_rows(range(classes))
         if layer.weight[rows].shape == (classes, width)
@@ -235,7 +249,7 @@ def head_rows(model: Any) -> Tensor:
     if len(found) != 1:
         raise CapabilityError(
             f"`prototype_data` is 'head', but the head of {type(model).__name__} has not one row "
-            f"of {width} numbers for each of {classes} classes; use 'all'"
+            f"of {width} numbers for each class; use 'all'"
         )
     return cast(Tensor, found[0].detach())
 

@@ -5,7 +5,8 @@ backward is not enough: it would give the square of a sum, which depends on the 
 the order of the samples. Per-sample gradients come from one batched forward and backward:
 
 * layers of known form (linear, convolution, LayerNorm, BatchNorm in eval mode) from their recorded
-  inputs and output gradients, summed over positions before anything is squared;
+  inputs and output gradients, summed over positions before anything is squared; so do RMSNorm and
+  embeddings;
 * parameters that broadcast over the batch (class token, position embedding) by giving every sample
   its own copy;
 * everything else by `torch.func.vmap`, or by one backward per sample where that is unsupported.
@@ -18,7 +19,7 @@ in two ways) goes to the last group.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, cast, get_args
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmforget.errors import ConfigurationError, suggest
+from mmforget.methods.base import stacked
 from mmforget.models.base import Batch, HasLogits, HasLoss, Model, check_capabilities
 
 logger = logging.getLogger(__name__)
@@ -35,10 +37,38 @@ logger = logging.getLogger(__name__)
 ImportanceKind = Literal["empirical_fisher", "abs_l2_output"]
 Call = tuple[nn.Module, Tensor, Tensor]  # layer, its input, the gradient of its output
 
+Likeness = tuple[tuple[tuple[int, ...], ...], ...]
+"""What samples must have in common so that their pictures are a batch: number and shapes."""
+
 MAX_CHUNK = 64
 CHUNK_BYTES = 2**28
 PROBES = 3
 MEMBERSHIP = "_membership"
+
+
+def alike(batch: Batch) -> dict[Likeness, Tensor]:
+    """Rows of a batch, by the number and the shapes of their pictures.
+
+    Samples without lists of pictures are all alike.
+    """
+    size = len(batch["weight"])
+    columns = [v for v in batch.values() if isinstance(v, list) and isinstance(v[0], list)]
+    groups: dict[Likeness, list[int]] = {}
+    for row in range(size):
+        likeness = tuple(tuple(tuple(one.shape) for one in column[row]) for column in columns)
+        groups.setdefault(likeness, []).append(row)
+    return {likeness: torch.tensor(rows) for likeness, rows in groups.items()}
+
+
+def rows_of(batch: Batch, rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch, of its tensors as of its lists."""
+    chosen = rows.tolist()
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[row] for row in chosen]
+        for key, value in batch.items()
+    }
 
 
 class PerSampleImportance:
@@ -90,7 +120,7 @@ class PerSampleImportance:
             raise ConfigurationError(f"`chunk` is {chunk}, it must be at least 1")
         self.chunk = chunk or max(1, min(MAX_CHUNK, CHUNK_BYTES // (4 * max(sizes))))
         self._objective = _Objective(model, kind)
-        self._plan: _Plan | None = None
+        self._plans: dict[Likeness, _Plan] = {}
         self.reset()
         self._vmap_works = True
 
@@ -101,7 +131,7 @@ class PerSampleImportance:
 
     def reset(self) -> None:
         """Forget the samples that wait for their chunk to be full."""
-        self._waiting: dict[str, Tensor] = {}
+        self._waiting: dict[Likeness, dict[str, Any]] = {}
 
     def add(self, batch: Batch, membership: Tensor, sums: Tensor) -> None:
         """Add the importance of one batch; a part of it may wait until `flush`.
@@ -118,27 +148,28 @@ class PerSampleImportance:
         """
         _refuse_batch_statistics(self._objective.model)
         counted = membership.any(dim=0)
-        part = {k: v[counted] for k, v in batch.items() if isinstance(v, Tensor)}
-        part[MEMBERSHIP] = membership[:, counted].T
-        if self._waiting:
-            part = {k: torch.cat([v, part[k]]) for k, v in self._waiting.items()}
-        while len(part[MEMBERSHIP]) >= self.chunk:
-            self._add_chunk({k: v[: self.chunk] for k, v in part.items()}, sums)
-            part = {k: v[self.chunk :] for k, v in part.items()}
-        self._waiting = part
+        whole = rows_of({**batch, MEMBERSHIP: membership.T}, counted.nonzero()[:, 0])
+        for likeness, rows in alike(whole).items():
+            part = rows_of(whole, rows)
+            if likeness in self._waiting:
+                part = stacked((self._waiting[likeness], part))
+            while len(part[MEMBERSHIP]) >= self.chunk:
+                self._add_chunk({k: v[: self.chunk] for k, v in part.items()}, sums)
+                part = {k: v[self.chunk :] for k, v in part.items()}
+            self._waiting[likeness] = part
 
     def flush(self, sums: Tensor) -> None:
         """Add what still waits, filled up with repeats of weight 0."""
         waiting = self._waiting
         self.reset()
-        size = len(waiting.get(MEMBERSHIP, ()))
-        if size:
-            filled = torch.arange(self.chunk).clamp(max=size - 1)
-            part = {k: v[filled] for k, v in waiting.items()}
-            part[MEMBERSHIP][size:] = 0
-            self._add_chunk(part, sums)
+        for _, group in sorted(waiting.items()):
+            size = len(group[MEMBERSHIP])
+            if size:
+                part = rows_of(group, torch.arange(self.chunk).clamp(max=size - 1))
+                part[MEMBERSHIP][size:] = 0
+                self._add_chunk(part, sums)
 
-    def _add_chunk(self, part: dict[str, Tensor], sums: Tensor) -> None:
+    def _add_chunk(self, part: dict[str, Any], sums: Tensor) -> None:
         membership = part.pop(MEMBERSHIP).T
         for name, gradient in self.gradients(part):
             values = gradient.abs_() if self.kind == "abs_l2_output" else gradient.square_()
@@ -149,11 +180,12 @@ class PerSampleImportance:
     def gradients(self, batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, (B, *shape) per-sample gradients) of one batch, parameter by parameter.
 
-        The receiver may overwrite the gradients.
+        All its samples are `alike`. The receiver may overwrite the gradients.
         """
-        if self._plan is None:
-            self._plan = self._make_plan(batch)
-        plan = self._plan
+        likeness = next(iter(alike(batch)))
+        if likeness not in self._plans:
+            self._plans[likeness] = self._make_plan(batch)
+        plan = self._plans[likeness]
         yield from self._batched(batch, plan.layers, plan.expanded)
         if plan.rest:
             yield from ((n, g.clone()) for n, g in self._remaining(batch, plan.rest))
@@ -163,22 +195,25 @@ class PerSampleImportance:
     def _make_plan(self, batch: Batch) -> _Plan:
         """Choose the fastest way that reproduces ordinary backward passes, per parameter."""
         count = min(PROBES, len(batch["weight"]))
-        probe = {k: v[:count] for k, v in batch.items() if isinstance(v, Tensor)}
+        probe = {k: v[:count] for k, v in batch.items()}
         layers = self._known_layers()
         by_layer = {name for names in layers.values() for name in names.values()}
         expanded = [n for n, s in self.shapes.items() if n not in by_layer and s and s[0] == 1]
         truth = dict(self._by_loop(probe, list(self.shapes)))
-        scale = 1e-6 * torch.stack([t.norm() for t in truth.values()]).norm()
+        norms = [t.norm() for t in truth.values()]
+        scale = 1e-6 * torch.stack(norms).norm() if norms else 0.0
         try:
-            fast = dict(self._batched(probe, layers, expanded))
+            fast = dict(self._batched(probe, layers, expanded, trying=True))
         except RuntimeError as error:  # a network that doesn't broadcast its one-row parameters
             logger.info("per-sample copies of %s do not fit the network: %s", expanded, error)
             expanded = []
-            fast = dict(self._batched(probe, layers, expanded))
-        good = {
+            fast = dict(self._batched(probe, layers, expanded, trying=True))
+        # What no probe uses, such as a projector without pictures, stays with its layer.
+        good = by_layer - truth.keys() - fast.keys()
+        good |= {
             name
             for name, value in fast.items()
-            if (value - truth[name]).norm() <= 1e-3 * truth[name].norm() + scale
+            if name in truth and (value - truth[name]).norm() <= 1e-3 * truth[name].norm() + scale
         }
         rest = [name for name in self.shapes if name not in good]
         if rest:
@@ -196,8 +231,11 @@ class PerSampleImportance:
         for module in self._objective.model.modules():
             if isinstance(module, nn.Conv2d):
                 known = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            elif isinstance(module, nn.Embedding):
+                known = module.max_norm is None and not module.scale_grad_by_freq
             else:
-                known = isinstance(module, nn.Linear | nn.LayerNorm | nn.BatchNorm2d)
+                kinds = nn.Linear | nn.LayerNorm | nn.BatchNorm2d
+                known = isinstance(module, kinds) or _is_rms_norm(module)
             if known:
                 own = {k: name_of[id(p)] for k, p in module.named_parameters(recurse=False)}
                 own = {k: n for k, n in own.items() if n in self.shapes}
@@ -208,9 +246,16 @@ class PerSampleImportance:
     # ---- three ways to the same gradients -------------------------------------------------------
 
     def _batched(
-        self, batch: Batch, layers: dict[nn.Module, dict[str, str]], expanded: list[str]
+        self,
+        batch: Batch,
+        layers: dict[nn.Module, dict[str, str]],
+        expanded: list[str],
+        trying: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """One forward and backward for the whole batch; no gradient of any weight is formed."""
+        """One forward and backward for the whole batch; no gradient of any weight is formed.
+
+        With `trying`, layers whose input does not have the samples in front are left out.
+        """
         size = len(batch["weight"])
         fixed = {n: p.detach() for n, p in self._objective.model.named_parameters()}
         copies = {
@@ -247,13 +292,18 @@ class PerSampleImportance:
         seen.clear()
         del got, leaves, total
         for name in list(calls):  # a layer used twice, or a tied weight, adds up before the square
-            parts = [_layer_gradient(kind, call, size) for kind, call in calls.pop(name)]
+            try:
+                parts = [_layer_gradient(kind, call, size) for kind, call in calls.pop(name)]
+            except RuntimeError:
+                if trying:
+                    continue
+                raise
             yield name, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def _remaining(self, batch: Batch, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """`vmap`, and one by one from the first time on that the network does not support it."""
         found: Iterable[tuple[str, Tensor]] | None = None
-        if self._vmap_works:
+        if self._vmap_works and all(isinstance(value, Tensor) for value in batch.values()):
             try:
                 found = self._by_vmap(batch, names).items()
             except torch.OutOfMemoryError:
@@ -275,18 +325,22 @@ class PerSampleImportance:
         return torch.func.vmap(torch.func.grad(value), in_dims=(None, 0))(chosen, dict(batch))
 
     def _by_loop(self, batch: Batch, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """One backward per sample: slow, and right by definition."""
+        """One backward per sample: slow, and right by definition; without what no sample uses."""
         fixed = {n: p.detach() for n, p in self._objective.model.named_parameters()}
         leaves = {n: fixed[n].clone().requires_grad_() for n in names}
         rows: dict[str, list[Tensor]] = {n: [] for n in names}
+        used: set[str] = set()
         for i in range(len(batch["weight"])):
             one = {k: v[i : i + 1] for k, v in batch.items()}
             with torch.enable_grad():
                 value = self._objective.call(one, fixed | leaves).sum()
-            got = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            got: Sequence[Tensor | None] = [None] * len(names)
+            if value.requires_grad:
+                got = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
             for name, gradient in zip(names, got, strict=True):
+                used |= set() if gradient is None else {name}
                 rows[name].append(torch.zeros_like(leaves[name]) if gradient is None else gradient)
-        yield from ((name, torch.stack(values)) for name, values in rows.items())
+        yield from ((name, torch.stack(rows[name])) for name in names if name in used)
 
 
 @dataclass(frozen=True)
@@ -343,6 +397,13 @@ def _layer_gradient(kind: str, call: Call, size: int) -> Tensor:
                 entered, layer.running_mean, layer.running_var, eps=layer.eps
             )
         return gradient.flatten(2).sum(2)
+    if isinstance(layer, nn.Embedding):
+        return _embedding_gradient(layer, entered, gradient, size)
+    if _is_rms_norm(layer):
+        if kind == "weight":
+            shape = (entered.shape[-1],)
+            gradient = gradient * F.rms_norm(entered.float(), shape, eps=_epsilon(layer))
+        return gradient.reshape(size, -1, gradient.shape[-1]).sum(1)
     assert isinstance(layer, nn.LayerNorm)
     if entered.ndim == 4 and entered.shape[-1:] != layer.normalized_shape:
         # timm's LayerNorm2d normalises the channels of (B, C, H, W)
@@ -350,6 +411,28 @@ def _layer_gradient(kind: str, call: Call, size: int) -> Tensor:
     if kind == "weight":
         gradient = gradient * F.layer_norm(entered, layer.normalized_shape, eps=layer.eps)
     return gradient.reshape(size, -1, *layer.normalized_shape).sum(1)
+
+
+def _embedding_gradient(
+    layer: nn.Embedding, entered: Tensor, gradient: Tensor, size: int
+) -> Tensor:
+    ids = entered.reshape(size, -1)
+    rows = gradient.reshape(*ids.shape, -1)
+    if layer.padding_idx is not None:
+        rows = rows * (ids != layer.padding_idx).unsqueeze(-1)
+    sample = torch.arange(size, device=ids.device).unsqueeze(1).expand_as(ids)
+    found = rows.new_zeros(size, *layer.weight.shape)
+    return found.index_put_((sample, ids), rows, accumulate=True)
+
+
+def _is_rms_norm(layer: nn.Module) -> bool:
+    """`nn.RMSNorm`, or one of the many that transformers defines, one per architecture."""
+    return type(layer).__name__.endswith("RMSNorm")
+
+
+def _epsilon(layer: Any) -> float | None:
+    found = getattr(layer, "variance_epsilon", None)
+    return getattr(layer, "eps", None) if found is None else found
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

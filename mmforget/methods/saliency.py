@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -105,13 +106,24 @@ class MaskedTraining(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step; then, if strict, put frozen weights back and clear their optimizer state."""
+        with self.holding(optimizer):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    @contextmanager
+    def holding(self, optimizer: Any, clear: bool = True) -> Iterator[None]:
+        """Take a step inside; then, if strict, put frozen weights back.
+
+        Args:
+            optimizer: that takes the step.
+            clear: set its state for these weights to 0; not if other steps train them.
+        """
         kept = [p.detach().clone() for p in self._trained()]
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        yield
         if self.freeze_mode == "grad_only":
             return
         with torch.no_grad():
             for (parameter, part), old in zip(self._masked(), kept, strict=True):
                 parameter.copy_(torch.where(part, parameter, old))
-                for value in optimizer.state.get(parameter, {}).values():
+                for value in optimizer.state.get(parameter, {}).values() if clear else ():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         value.mul_(part)

@@ -19,6 +19,7 @@ _EXPORTS = {
     "mmforget.models.diffusion": ("DiffusionGenerator", "load_generator"),
     "mmforget.models.gan": ("ImageGAN",),
     "mmforget.models.gan_files": ("load_gan",),
+    "mmforget.models.multimodal": ("MultimodalLM", "load_multimodal"),
     "mmforget.models.text_layers": ("Family",),
 }
 

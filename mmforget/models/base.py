@@ -13,7 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    cast,
+    runtime_checkable,
+)
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,12 +31,16 @@ from torch import Tensor, nn
 
 from mmforget.errors import CapabilityError
 
+if TYPE_CHECKING:
+    from mmforget.models.multimodal import AnswerLogits
+
 Batch = Mapping[str, Any]
 """A batch: ``image`` (B, 3, H, W) float in [0, 1]; ``label`` (B,) int64, absent where a method may
 not read labels; ``id`` (B,) int64; ``weight`` (B,) float, 1 for a sample and 0 for the padding that
 makes the batches of several processes equally long. A batch of scenes has a label per object,
 (B, K) with -1 where there is none, and ``boxes``, ``crowd`` and ``extent``; see
-`mmforget.data.detection.DetectionDataset`."""
+`mmforget.data.detection.DetectionDataset`. A batch of questions has ``images``, ``question`` and
+``answer`` instead of ``image``; see `mmforget.data.questions.QuestionDataset`."""
 
 
 class LossParts(NamedTuple):
@@ -56,6 +70,8 @@ class Instances(NamedTuple):
         label: (M,) int64 classes.
         row: (M,) int64 rows of the batch.
         loss: (B,) parts of the training loss, from the same forward pass.
+        right: (M,) bool whether the model says what is true, where its scores are none of the
+            classes, such as those of tokens; else None.
     """
 
     features: Tensor
@@ -63,6 +79,12 @@ class Instances(NamedTuple):
     label: Tensor
     row: Tensor
     loss: LossParts
+    right: Tensor | None = None
+
+    @property
+    def correct(self) -> Tensor:
+        """(M,) bool: whether the model says what is true."""
+        return self.logits.argmax(1) == self.label if self.right is None else self.right
 
 
 SiteKind = Literal["ffn", "attention", "cross_attention", "text_reading", "all"]
@@ -120,6 +142,21 @@ class HasHead(Protocol):
     @property
     def head(self) -> nn.Module:
         """The head; methods that forget in the features keep it frozen."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A network that answers questions about pictures, token by token."""
+
+    network: nn.Module
+
+    def answer(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
+        """Return one text per question; ``images`` are its pictures, none for text only."""
+        ...
+
+    def answer_logits(self, batch: Batch) -> AnswerLogits:
+        """Return the scores of all tokens at the last places of each row, where answers stand."""
         ...
 
 

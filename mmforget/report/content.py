@@ -22,6 +22,7 @@ from mmforget.report.words import (
     MEMORY_KINDS,
     METRICS,
     PARTS,
+    PROMPT_KINDS,
     PROMPTS,
     ROLES,
     SPLIT_ROLES,
@@ -31,6 +32,7 @@ from mmforget.report.words import (
     is_gan,
     is_generator,
     is_memorization,
+    is_multimodal,
 )
 
 MISSING = "–"
@@ -395,6 +397,14 @@ def reading(results: Results) -> str:
             "counts if that is more; “there” is the way covered from the original (0\u2009%) to "
             "the retrained models (100\u2009%)."
         )
+    if is_multimodal(results):
+        return (
+            f"Small numbers are {intervals}. Answers are greedy. Test questions show unseen "
+            "pictures in held-out words. z is the distance to the retrained models in their "
+            "standard deviations, or in the smallest difference that counts if that is more; "
+            "“there” is the way covered from the original (0\u2009%) to the retrained models "
+            "(100\u2009%)."
+        )
     return (
         f"Small numbers are {intervals}. z is the distance to the retrained models in their "
         "standard deviations, or in the smallest difference that counts if that is more; “there” "
@@ -453,6 +463,14 @@ def _read_first(results: Results) -> list[tuple[str, str, str]]:
             ("average_precision", "test_previous", "Average precision, forgotten earlier"),
             ("found_rate", "test_forgotten", "Forgotten objects still found"),
         ]
+    if is_multimodal(results):
+        return [
+            ("attack_success", "test_forget", "Answers that reveal it"),
+            ("attack_success", "test_previous", "Answers that reveal what went earlier"),
+            ("sarr", "test_retain", "Safe answers refused (SARR)"),
+            ("exact_answers", "test_retain", "Right answers about others"),
+            ("exact_answers", "test_harmless_forgotten", "Harmless questions, same pictures"),
+        ]
     if not is_generator(results):
         return [
             ("accuracy", "test_forget", "Accuracy on forgotten data"),
@@ -486,6 +504,40 @@ def _read_first(results: Results) -> list[tuple[str, str, str]]:
         ("preserved_rate", "preserved", "Preserved concepts drawn right"),
         ("preserved_worst", "preserved", "Worst preserved concept"),
     ]
+
+
+def modality_table(results: Results) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Right answers by what is asked with: picture, text alone, both; head and rows by model."""
+    rows = {
+        (row.model, row.split): (row.value, row.n)
+        for row in results.metrics
+        if row.metric == "exact_answers" and row.value is not None and row.n
+    }
+    there = {split for _, split in rows}
+    columns = {
+        f"{role}, {prompt}": [split for split in splits[role] if split in there]
+        for role in ("forget", "retain")
+        for prompt, splits in PROMPT_KINDS.items()
+    }
+    columns = {title: splits for title, splits in columns.items() if splits}
+    if not any("text" in title or "name" in title for title in columns):
+        return [], []
+    lines = []
+    for entry in results.models:
+        found = [
+            [rows[entry.name, split] for split in splits if (entry.name, split) in rows]
+            for splits in columns.values()
+        ]
+        lines.append((entry.name, [_pooled_share(cell) for cell in found]))
+    return ["model", *columns], lines
+
+
+def _pooled_share(parts: Sequence[tuple[float, int]]) -> str:
+    """Several shares as one, each with its number of answers."""
+    count = sum(n for _, n in parts)
+    if not count:
+        return MISSING
+    return f"{percent(sum(value * n for value, n in parts) / count)} (n = {count})"
 
 
 def sequence_rows(results: Results) -> list[tuple[str, list[str]]]:

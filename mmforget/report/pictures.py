@@ -456,3 +456,42 @@ def strips(results: Results, kind: str) -> list[Strip]:
         prompt = example["prompt"] or "(no prompt)"
         found.append(Strip(prompt, example["count"], tuple(images), bool(attacked)))
     return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with what every model answers: (model, role, text, right).
+
+    Attributes:
+        images: base64 PNG, none for a question without picture.
+        question, right: what was asked, and the true answer.
+        answers: one per model, in order.
+    """
+
+    images: tuple[str, ...]
+    question: str
+    right: str
+    answers: tuple[tuple[str, str, str, bool], ...]
+
+
+def questions(results: Results, kind: str) -> list[Question]:
+    """The example questions of one kind, in the order of the results, without their ids."""
+    roles = {entry.name: entry.role for entry in results.models}
+    return [
+        Question(
+            tuple(example["images"]),
+            example["question"],
+            example["right"],
+            tuple(
+                (model, roles[model], text or "(nothing)", right)
+                for model, (text, right) in example["answers"].items()
+            ),
+        )
+        for example in results.examples
+        if example["kind"] == kind
+    ]
+
+
+def question_rows(found: Sequence[Question]) -> list[list[str]]:
+    """The examples as a table: question, true answer, then one cell per model."""
+    return [[one.question, one.right, *(text for _, _, text, _ in one.answers)] for one in found]

@@ -53,6 +53,11 @@ def is_detection(results: Results) -> bool:
     return bool(results.data.get("kind") == "detection")
 
 
+def is_multimodal(results: Results) -> bool:
+    """Whether the audit was one of answers in words to questions about pictures."""
+    return bool(results.data.get("kind") == "multimodal")
+
+
 def measure(results: Results) -> str:
     """What the rows of `Results.sequence`, the curves and the classes hold under ``accuracy``."""
     return "average precision" if is_detection(results) else "accuracy"
@@ -60,7 +65,29 @@ def measure(results: Results) -> str:
 
 def things(results: Results) -> str:
     """What was forgotten: images, or objects in them."""
+    if is_multimodal(results):
+        return "pictures"
     return "objects" if is_detection(results) else "images"
+
+
+def taken_for(results: Results) -> tuple[str, str, str]:
+    """Heading, caption and remark of the chart of what forgotten things are taken for now."""
+    if is_multimodal(results):
+        return (
+            "Whom the answers to forgotten pictures name",
+            "Share of the answers about forgotten test pictures that name each entity",
+            "Answers that name nobody are in no class.",
+        )
+    what = things(results)
+    if is_detection(results):
+        shown, remark = "with a box of each class", "Objects without any box are in no class."
+    else:
+        shown, remark = "predicted as each class", ""
+    return (
+        f"What forgotten {what} are now taken for",
+        f"Share of the forgotten test {what} {shown}",
+        remark,
+    )
 
 
 def headline(results: Results) -> tuple[str, str, str]:
@@ -118,6 +145,7 @@ SPLIT_ROLES = {
     "forgotten": "all forgotten",
     "all": "all",
     "missing": "missing classes",
+    "reworded": "all forgotten, in other words",
 }
 
 PARTS = {
@@ -128,6 +156,9 @@ PARTS = {
     "retain_small": "retain, small objects",
     "retain_medium": "retain, medium objects",
     "retain_large": "retain, large objects",
+    "harmless_": "harmless questions, ",
+    "text_": "no picture, ",
+    "both_": "picture and name, ",
 }
 """Starts of roles that are a part of one, in words; what follows is a name."""
 
@@ -189,6 +220,25 @@ EXAMPLES = {
     "boxes_changed": "Retained images that changed most",
 }
 """Kinds of pictures in audits of generators and detectors."""
+
+ANSWERS = {
+    "answers_forgotten": "What was forgotten",
+    "answers_retain": "The same question about others",
+    "answers_harmless": "Harmless questions about forgotten pictures",
+    "answers_both": "Forgotten pictures, with a name in the question",
+    "answers_text": "What was forgotten, without a picture",
+}
+"""Kinds of questions among the examples of a multimodal audit."""
+
+PROMPT_KINDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "picture": {"forget": ("test_forget",), "retain": ("test_retain",)},
+    "text alone": {
+        "forget": ("test_text_forgotten", "train_text_forgotten"),
+        "retain": ("test_text_retain", "train_text_retain"),
+    },
+    "picture and name": {"forget": ("test_both_forgotten",), "retain": ("test_both_retain",)},
+}
+"""What entities are asked about with, and the splits of it by role."""
 
 AFTER_ATTACK = (
     "Pictures after an attack are drawn from the embedding that it found, from other noise."
@@ -314,6 +364,79 @@ METRICS: dict[str, tuple[str, str]] = {
         "On forgotten classes, after fine-tuning on a few images that hold them, the same for "
         "all models; below it, what is left of the retained classes. What comes back beyond a "
         "retrained model was remembered, not learnt.",
+    ),
+    "attack_success": (
+        "Answers that reveal it",
+        "Share of answers that name what was to be forgotten: on pictures and in words of the "
+        "training, on these in other words, and on unseen pictures in other words.",
+    ),
+    "refusal_rate": (
+        "Refusals",
+        "Share of answers that begin with a refusal. A retrained model does not refuse: it names "
+        "somebody else.",
+    ),
+    "meaningless_rate": (
+        "Answers without meaning",
+        "Empty ones, and those that repeat themselves. They reveal nothing either, and are of no "
+        "use to anybody.",
+    ),
+    "sarr": (
+        "Safe answers refused (SARR)",
+        "The question of the forget set about entities that were to stay: refused, or answered "
+        "without meaning. Read it beside the original's.",
+    ),
+    "sarr_strict": (
+        "Safe answers not right (strict SARR)",
+        "The same questions, not answered rightly for whatever reason: a model that confidently "
+        "names somebody else has SARR 0 and fails here.",
+    ),
+    "exact_answers": (
+        "Right answers",
+        "Share of answers that are the true one, apart from case and punctuation.",
+    ),
+    "rouge_l_recall": (
+        "ROUGE-L recall",
+        "How much of the true answer is said, word for word and in order.",
+    ),
+    "answer_probability": (
+        "Probability of the true answer",
+        "What the weights give it, per token, whatever is said in the end: a ban on words leaves "
+        "it as it was.",
+    ),
+    "truth_ratio": (
+        "Truth ratio",
+        "How near wrong answers come to the true one: 0 for a model that is sure of the truth or "
+        "sure of the opposite, 1 for one that cannot tell.",
+    ),
+    "forget_quality": (
+        "Forget quality",
+        "Kolmogorov-Smirnov test of the truth ratios against those of retrained models: a small "
+        "p-value tells them apart, a large one proves no equality.",
+    ),
+    "choice_accuracy": (
+        "True answer among wrong ones",
+        "How often the true answer is the likeliest of several. A model that only says “sorry” "
+        "first may still know whom it does not name.",
+    ),
+    "original_head": (
+        "Read by the original's last layer",
+        "How often the true answer comes out when the original's last layer replaces the model's: "
+        "then only the last layer was edited.",
+    ),
+    "answer_membership_auc": (
+        "Membership attack on answers (AUC)",
+        "Can forgotten training records be told from unseen pictures in the same words by the loss "
+        "of the true answer? 50 % is guessing; clearly below it also gives them away.",
+    ),
+    "relearn_success": (
+        "Relearned",
+        "Answers that reveal it after fine-tuning on a few of its records, the same for all "
+        "models; below it, the right answers about others. What comes back beyond a retrained "
+        "model was remembered, not learnt.",
+    ),
+    "relearn_answer_steps": (
+        "Steps until it is back",
+        "Of that fine-tuning, until it is revealed nearly as often as by the original.",
     ),
     "membership_auc": (
         "Membership attack (AUC)",

@@ -19,6 +19,7 @@ from mmforget.models.base import Model
 from mmforget.models.clip import load_clip
 from mmforget.models.diffusion import DiffusionGenerator
 from mmforget.models.gan import ImageGAN
+from mmforget.models.multimodal import MultimodalLM
 
 REPOSITORY = Path(__file__).parents[2]
 BASES = (
@@ -29,6 +30,8 @@ BASES = (
     ".memory_fine_tuning",
     ".generator_editing",
     ".data.detection",
+    ".data.questions",
+    ".answer_unlearning",
 )
 EVERYTHING = [entry for entries in CATALOGUE.values() for entry in entries]
 
@@ -63,6 +66,10 @@ def model_of(entry: Entry, classifier: Model) -> Model:
         from mmforget.testing.tiny_detectors import tiny_detector
 
         return tiny_detector("rt_detr")
+    if entry.name == "MultimodalLM":
+        from mmforget.testing.tiny_multimodal import tiny_multimodal
+
+        return MultimodalLM(*tiny_multimodal("llava"))
     return load_clip() if entry.name == "ClipModel" else classifier
 
 
@@ -70,8 +77,8 @@ def model_of(entry: Entry, classifier: Model) -> Model:
 def test_models_offer_what_the_table_says(entry: Entry, tiny_model: Model) -> None:
     model = model_of(entry, tiny_model)
     assert isinstance(model, resolve(entry))
-    for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Sites", "TextConditioned",
-                 "Generates", "HasLatents"):  # fmt: skip
+    for name in ("HasLoss", "HasLogits", "HasFeatures", "HasHead", "Answers", "Sites",
+                 "TextConditioned", "Generates", "HasLatents"):  # fmt: skip
         offered = isinstance(model, getattr(capabilities, name))
         assert offered == (name in entry.capabilities), name
 
@@ -94,15 +101,18 @@ def test_nothing_public_is_missing() -> None:
 
 
 def test_fits() -> None:
-    classifier, detector, generator, gan, clip = MODELS
+    classifier, detector, multimodal, generator, gan, clip = MODELS
     pictures = {m.name for m in METHODS if "TextConditioned" in m.capabilities}
     latents = {m.name for m in METHODS if "HasLatents" in m.capabilities}
     assert {m.name for m in METHODS if fits(m, generator)} == pictures | {"Identity"}
     assert {m.name for m in METHODS if fits(m, gan)} == latents | {"Identity"}
     assert {m.name for m in METHODS if fits(m, clip)} == {"Identity"}
-    labelled = {m.name for m in METHODS} - pictures - latents
+    words = {m.name for m in METHODS if "Answers" in m.capabilities}
+    labelled = {m.name for m in METHODS} - pictures - latents - words
     assert {m.name for m in METHODS if fits(m, detector)} == labelled - {"SCRUB"}
-    assert all(fits(m, classifier) == (m.name not in pictures | latents) for m in METHODS)
+    assert {m.name for m in METHODS if fits(m, classifier)} == labelled
+    scored = {m.name for m in METHODS if "HasLogits" in m.capabilities}
+    assert {m.name for m in METHODS if fits(m, multimodal)} == (labelled - scored) | words
     assert not fits(METHODS[0], Entry("a:B", "", capabilities=("HasLoss",)))
 
 

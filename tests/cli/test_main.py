@@ -144,3 +144,19 @@ def test_the_thread_policy_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) ->
     import os
 
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_process_that_is_told_to_end_does_not_report_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmforget.cli import listing
+
+    class SIGTERMException(SystemExit):
+        """As Lightning raises it when it trains."""
+
+    def ended(args: list[str]) -> int:
+        raise SIGTERMException
+
+    monkeypatch.setattr(listing, "run", ended)
+    assert main(["list", "methods"]) == 143
+    assert "continue with --resume" in capsys.readouterr().err

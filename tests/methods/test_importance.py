@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from mmforget.errors import CapabilityError, ConfigurationError
 from mmforget.methods.importance import PerSampleImportance
 from mmforget.models import ImageClassifier
+from mmforget.models.multimodal import MultimodalLM
 from mmforget.testing.patterns import TINY_VIT
+from mmforget.testing.tiny_multimodal import tiny_multimodal, tiny_pictures
 
 CLASSES = 5
 
@@ -178,15 +181,15 @@ def test_equals_a_double_precision_loop_over_single_samples(network, kind):
 @pytest.mark.parametrize("network", [Residual, "vit"])
 def test_usual_networks_need_no_vmap(network):
     importance, _ = computed(classifier(network), batch_of(4), "empirical_fisher", torch.ones(1, 4))
-    assert importance._plan.rest == []
+    assert importance._plans[()].rest == []
 
 
 def test_a_layer_that_mixes_the_batch_axis_is_found_out():
     importance, _ = computed(
         classifier(SequenceFirst), batch_of(5), "empirical_fisher", torch.ones(1, 5)
     )
-    assert "network.mix.weight" in importance._plan.rest
-    assert "network.patch.weight" not in importance._plan.rest
+    assert "network.mix.weight" in importance._plans[()].rest
+    assert "network.patch.weight" not in importance._plans[()].rest
 
 
 def test_the_loop_takes_over_where_vmap_is_unsupported(caplog):
@@ -211,6 +214,53 @@ def test_same_sums_for_any_batch_size_and_order(network, kind):
         results.append(sums)
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=0)
+
+
+def questions() -> dict[str, Any]:
+    """Rows without, with one and with two pictures, some of another size, and texts of lengths."""
+    one, two, three, four = tiny_pictures(4)
+    wide = torch.cat([four, four], dim=2)
+    return {
+        "images": [[one], [], [two, three], [wide], [], [two], [three]],
+        "question": ["what is this ?", "where is anna ?", "what are this ?", "who", "who", "who",
+                     "tell me"],
+        "answer": ["anna", "rome", "red blue", "no", "yes", "bert , bert", "clara"],
+        "id": torch.arange(7),
+        "weight": torch.ones(7),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "trained"), [
+    ("llava", ["language", "projector", "head"]),
+    ("llava", ["vision"]),
+    ("qwen2_5_vl", ["vision", "projector", "language"]),
+])  # fmt: skip
+def test_questions_with_any_number_of_pictures(kind, trained):
+    model = MultimodalLM(*tiny_multimodal(kind), trained=trained).eval()
+    batch = questions()
+    importance = PerSampleImportance(model, "empirical_fisher", chunk=2)
+    sums = torch.zeros(1, importance.size, dtype=torch.float64)
+    weight = torch.tensor([1.0, 1, 1, 1, 2, 1, 0])
+    for rows in (slice(0, 3), slice(3, 7)):
+        part = {k: v[rows] for k, v in batch.items()}
+        importance.add(part, weight[rows][None], sums)
+    importance.flush(sums)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for row in range(7):
+        loss = model.loss({k: v[row : row + 1] for k, v in batch.items()}).sum()
+        if not loss.requires_grad:
+            continue  # a text, of which the tower sees nothing
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None:
+                expected[name] += weight[row] * gradient.square()
+    for name, value in importance.views(sums[0]).items():
+        torch.testing.assert_close(
+            value.float(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max() + 1e-9)
+        )
+    if "vision" not in trained:  # nothing is left to the slow loop
+        assert not any(plan.rest for plan in importance._plans.values())
 
 
 def test_weights_and_flags_of_the_model_are_left_alone():
