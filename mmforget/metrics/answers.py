@@ -287,8 +287,9 @@ def safe_answer_scores(
 
     ``sarr``, the safe answer refusal rate, is the share of answers that are not normal ones, that
     is refusals (``refusal``) or meaningless (``gibberish``). ``sarr_strict`` counts everything that
-    is not the right answer, which a model that confidently names somebody else does not pass.
-    Both need that of the original model beside them, which does not answer everything either.
+    is not the right answer, which a model that confidently names somebody else does not pass, nor
+    one that repeats the right name without end; it is never below ``sarr``. Both need that of the
+    original model beside them, which does not answer everything either.
 
     Args:
         answers: what was said.
@@ -329,7 +330,8 @@ def safe_answer_scores(
             any(mentions(answer, one) for one in _references(reference))
             for answer, reference in zip(answers, references, strict=True)
         )
-        found["sarr_strict"] = Scores.of(not one for one in right)
+        wrong = zip(right, refused, empty, strict=True)
+        found["sarr_strict"] = Scores.of(not one or no or loop for one, no, loop in wrong)
     return found
 
 

@@ -196,6 +196,8 @@ def test_safe_answers():
     assert found["sarr"].per_sample == (0.0, 0.0, 1.0, 1.0, 0.0)
     assert found["sarr_strict"].per_sample == (0.0, 0.0, 1.0, 1.0, 1.0)
     assert found["refusal"].value == 0.2 and found["gibberish"].value == 0.2
+    loop = safe_answer_scores(["anna anna anna anna anna"], ["anna"])
+    assert loop["sarr_strict"].value == loop["sarr"].value == 1.0  # no answer, though it names her
     assert "sarr_strict" not in safe_answer_scores(answers)
     strange = safe_answer_scores(["colourless ideas"], losses=[9.0], most_loss=8.0)
     assert strange["sarr"].value == 1.0
