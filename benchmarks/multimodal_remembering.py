@@ -87,7 +87,8 @@ def percent(value: float | None) -> str:
 
 
 def means(values: Sequence[Mean]) -> list[str]:
-    return [percent(one.value) for one in values]
+    """Per cent, where there are at least 30 words."""
+    return [percent(one.value if one.n >= 30 else None) for one in values]
 
 
 def judged(found: CutAnswers, truths: Sequence[str], kind: str) -> list[list[str]]:
@@ -230,13 +231,13 @@ def plain(folder: Path, pool: int, seed: int, lr: float) -> MultimodalLM:
     return model
 
 
-def remembering(folder: Path, pool: int, seed: int, lr: float, blind: bool) -> RememberingLM:
+def remembering(folder: Path, pool: int, seed: int, lr: float, other: bool) -> RememberingLM:
     base = plain(folder, pool, seed, lr)
     model = RememberingLM(base.network, base.processor, trained=TRAINED, lr=lr, seed=seed)
-    if blind:  # the modules are there, but what they read says nothing
+    if other:  # the modules are there, but read another picture of the batch
         for reader in model.remember.readers.values():
             reader.register_forward_pre_hook(
-                lambda _module, args: (args[0], torch.zeros_like(args[1]), *args[2:])
+                lambda _module, args: (args[0], args[1].roll(1, 0), *args[2:])
             )
     return model
 
@@ -291,7 +292,7 @@ def remember(model: MultimodalLM, data: DigitQuestions, given: argparse.Namespac
                 lambda seed, pool=pool: remembering(given.model, pool, seed, given.lr, False),
             ),
             (
-                f"{64 // pool**2} tokens, its modules without features",
+                f"{64 // pool**2} tokens, its modules on another picture",
                 lambda seed, pool=pool: remembering(given.model, pool, seed, given.lr, True),
             ),
         ]
@@ -326,8 +327,8 @@ def remember(model: MultimodalLM, data: DigitQuestions, given: argparse.Namespac
         f"The projector's 8x8 tokens are averaged; projector, language model and head (and the "
         f"modules) are trained on `list` for {given.steps} steps of {given.batch}, learning rate "
         f"{given.lr:g}, seeds {', '.join(map(str, given.seeds))}; {len(batch['answer'])} unseen "
-        "scenes of one to four digits. Mean, and smallest to largest of the seeds. The control has "
-        f"modules that read zeros. The language model has {total:,} parameters.",
+        "scenes of one to four digits. Mean, and smallest to largest of the seeds. The "
+        f"control has modules that read another picture. The language model has {total:,} parameters.",
         "",
         *table(
             ["visual tokens", "exact before", "exact", "words before", "words", "parameters added",

@@ -46,7 +46,8 @@ RESULT = ROOT / "benchmarks" / "results" / "multimodal_retention.md"
 PARTS = ("tokens", "latency", "crossed")
 KINDS = {"list": 6, "position": 2, "count": 2}
 """Kinds of questions about scenes, and tokens of an answer at most."""
-ASKED = 150
+ASKED, CROSSED = 100, 60
+"""Questions of each kind: of the shipped model, of the unlearned ones."""
 BUDGETS = (32, 16, 4)
 """Of 64 visual tokens. Pooling can keep squares of whole windows only: 16 and 4."""
 RANDOM_SEEDS = (0, 1, 2)
@@ -447,8 +448,8 @@ def _crossed_page(part: dict[str, Any]) -> list[str]:
     lines = [
         "## Does sparing tokens fake or undo unlearning?",
         "",
-        "Unseen pictures, held-out wording: answers that name the *forgotten* person, answers that "
-        "name the *retained* person, and right answers to *harmless* questions.",
+        f"Unseen pictures, held-out wording, {CROSSED} of each: answers that name the *forgotten* "
+        "person, answers that name the *retained* person, right answers to *harmless* questions.",
         "",
     ]
     settings = list(next(iter(part.values()))["answers"])
@@ -487,7 +488,6 @@ def _setting(key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--most", type=int, default=ASKED, help="questions of each kind")
     parser.add_argument("--models", nargs="*", default=None, help="names in WORK/models")
     parser.add_argument("--forgotten", nargs="+", default=["david", "henry"])
     parser.add_argument("--work", type=Path, default=Path("runs/multimodal_table"))
@@ -499,13 +499,13 @@ def main() -> None:
         for name in given.only:
             start = time.perf_counter()
             if name == "tokens":
-                found = tokens(load_multimodal(ASSETS / "multimodal"), given.most)
+                found = tokens(load_multimodal(ASSETS / "multimodal"), ASKED)
             elif name == "latency":
                 found = latency()
             else:
                 every = given.work / "models"
                 models = given.models or sorted(p.name for p in every.glob("*-0"))
-                found = crossed(given.work, models, given.forgotten, given.most)
+                found = crossed(given.work, models, given.forgotten, CROSSED)
             (given.work / f"retention-{name}.json").write_text(json.dumps(found))
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     files = {name: given.work / f"retention-{name}.json" for name in PARTS}

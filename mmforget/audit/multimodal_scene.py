@@ -17,7 +17,7 @@ from mmforget.audit.multimodal_answers import Said, listen, spoken, targets_of
 from mmforget.audit.scene import AuditedModel, draw
 from mmforget.data.questions import TEXT, QuestionDataModule, QuestionDataset
 from mmforget.data.split import Role, Stage
-from mmforget.errors import ConfigurationError, RequestError
+from mmforget.errors import ConfigurationError, ModelError, RequestError
 from mmforget.metrics.answer_judges import AnswerJudge, TargetJudge
 from mmforget.models.base import Model, state_hash
 from mmforget.models.multimodal import MultimodalLM
@@ -72,6 +72,7 @@ class MultimodalScene(ComparedModels):
     out.
 
     Attributes:
+        hashes: of the weights, by model.
         parts: by split.
         forgotten_classes: indices of all forgotten entities.
         entities: names by class index, without the class of records that reveal none.
@@ -97,7 +98,10 @@ class MultimodalScene(ComparedModels):
         settings: MultimodalAuditSettings,
         judge: AnswerJudge | None = None,
     ) -> None:
-        super().__init__(models, lambda one: (type(one.model), state_hash(one.model), _bans(one)))
+        self.hashes = {one.entry.name: state_hash(one.model) for one in models}
+        super().__init__(
+            models, lambda one: (type(one.model), self.hashes[one.entry.name], _bans(one))
+        )
         self.data, self.settings = data, settings
         self.judge: AnswerJudge = judge or TargetJudge()
         self.requests = list(requests)
@@ -224,7 +228,11 @@ class MultimodalScene(ComparedModels):
         return weight.detach()
 
     def run(self) -> None:
-        """Ask every model every record once, and let it weigh wrong answers."""
+        """Ask every model every record once, and let it weigh wrong answers.
+
+        Raises:
+            ModelError: a model changed its own weights or buffers meanwhile.
+        """
         number = sum(len(part.data) for part in self.parts.values())
         for one in self.distinct:
             name = one.entry.name
@@ -237,6 +245,11 @@ class MultimodalScene(ComparedModels):
                     known[ids] = self._ask(one.model, split)
                 self._said[name, split] = known[ids]
             self._weigh(one.model, name)
+            if state_hash(one.model) != self.hashes[name]:
+                raise ModelError(
+                    f"'{name}' changed its weights or buffers while it was evaluated; its forward "
+                    "pass must not do so in eval mode"
+                )
 
     @property
     def weighed(self) -> tuple[str, ...]:

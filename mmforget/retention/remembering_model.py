@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from mmforget.errors import WeightsError
+from mmforget.errors import ConfigurationError, WeightsError
 from mmforget.models.base import Batch
 from mmforget.models.multimodal import AnswerLogits, MultimodalLM
 from mmforget.models.multimodal_files import Dtype
 from mmforget.models.multimodals.base import Part
 from mmforget.models.multimodals.encoding import IGNORED
-from mmforget.models.recipe import adamw_with_cosine
+from mmforget.models.recipe import WarmupCosine
 from mmforget.retention.vision_remember import VisionRemember
 
 
@@ -26,7 +26,8 @@ class RememberingLM(MultimodalLM):
 
     Answers, losses and features go through the modules. The paper trains in stages; ours: first
     the projector and the modules (the default of `trained`), then all but the tower. The modules
-    are trained in every stage, with the rate of the projector.
+    are trained in every stage, with the rate of the projector; their gates, single numbers that
+    start closed and let nothing through at first, with `gate_rate` times that.
 
     `network` stays an ordinary network of transformers: `save_native` writes it as ever, and the
     modules beside it; whoever loads the folder with transformers has it without them.
@@ -35,6 +36,7 @@ class RememberingLM(MultimodalLM):
         network, processor, pretrained, dtype, max_length, max_new_tokens, lr, weight_decay, warmup:
             see `MultimodalLM`.
         trained: parts of the network that are trained besides the modules.
+        gate_rate: times `lr` is the learning rate of the gates; positive.
         after, levels, inner, heads, window, saliency, text_guided, share, seed: see
             `VisionRemember.for_model`.
 
@@ -58,6 +60,7 @@ class RememberingLM(MultimodalLM):
         lr: float = 1e-4,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
+        gate_rate: float = 20.0,
         after: Sequence[int] | None = None,
         levels: Sequence[int] | None = None,
         inner: int | None = None,
@@ -80,6 +83,9 @@ class RememberingLM(MultimodalLM):
             weight_decay=weight_decay,
             warmup=warmup,
         )
+        if not gate_rate > 0:
+            raise ConfigurationError(f"`gate_rate` is {gate_rate}, it must be positive")
+        self.gate_rate = gate_rate
         self.remember = VisionRemember.for_model(
             self, after, levels, inner, heads, window, saliency, text_guided, share, seed
         )
@@ -117,8 +123,14 @@ class RememberingLM(MultimodalLM):
 
     def optimizers_for(self, total_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """The recipe of this model, modules included; see `TrainedModel`."""
-        both = nn.ModuleList([self.network, self.remember])
-        return adamw_with_cosine(both, self.lr, self.weight_decay, self.warmup, total_steps)
+        optimizer, _ = super().optimizers_for(total_steps)
+        weights = [*self.remember.readers.parameters()]
+        for own, decay in ((True, self.weight_decay), (False, 0.0)):
+            members = [weight for weight in weights if (weight.ndim > 1) == own]
+            optimizer.add_param_group({"params": members, "lr": self.lr, "weight_decay": decay})
+        gates, rate = [*self.remember.gates.parameters()], self.gate_rate * self.lr
+        optimizer.add_param_group({"params": gates, "lr": rate, "weight_decay": 0.0})
+        return optimizer, LambdaLR(optimizer, WarmupCosine(total_steps, self.warmup))
 
     def fresh(self, seed: int) -> Self:
         """Build the same model with newly drawn weights and closed gates, in training mode."""

@@ -25,7 +25,13 @@ from mmforget.audit.results import ModelEntry, Results
 from mmforget.audit.scene import AuditedModel
 from mmforget.cli.summary import table
 from mmforget.data.split import STAGES
-from mmforget.errors import CapabilityError, ConfigurationError, DataError, RequestError
+from mmforget.errors import (
+    CapabilityError,
+    ConfigurationError,
+    DataError,
+    ModelError,
+    RequestError,
+)
 from mmforget.methods import AnswerBan, Identity
 from mmforget.models.base import state_hash
 from mmforget.report import content
@@ -602,6 +608,17 @@ def test_models_and_data_that_do_not_fit(data: DigitQuestions) -> None:
     nothing = data.questions("test").subset(np.zeros(0, dtype=np.int64))
     with pytest.raises(DataError, match="no such records"):
         listen(model, nothing)
+
+
+def test_a_model_that_changes_while_it_is_asked(data: DigitQuestions) -> None:
+    class Restless(KnowingAnswerer):
+        def answer_logits(self, batch: Any) -> Any:
+            with torch.no_grad():
+                self.head.weight += 1
+            return super().answer_logits(batch)
+
+    with pytest.raises(ModelError, match="'unlearned' changed its weights"):
+        audited(data, Restless(data))
 
 
 def test_what_was_forgotten_must_be_asked_about(data: DigitQuestions) -> None:

@@ -390,6 +390,26 @@ def test_training_leaves_the_rest_alone(
     )
 
 
+def test_the_recipe(model: RememberingLM) -> None:
+    model.warmup = 0.5
+    optimizer, schedule = model.optimizers_for(4)
+    rates = {id(p): g["initial_lr"] for g in optimizer.param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert rates.keys() == {id(p) for p in trained}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gate = name.startswith("remember.gates.")
+            assert rates[id(parameter)] == pytest.approx(model.lr * (20 if gate else 1))
+            decay = model.weight_decay if parameter.ndim > 1 else 0.0
+            assert decays[id(parameter)] == decay
+    first = [group["lr"] / group["initial_lr"] for group in optimizer.param_groups]
+    assert first == pytest.approx([1 / 3] * len(first))  # of two steps of warm-up
+    with pytest.raises(ConfigurationError, match="`gate_rate` is 0"):
+        RememberingLM(model.network, model.processor, gate_rate=0)
+    assert schedule.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+
+
 def test_shared_weights_keep_their_own_gates() -> None:
     modules = VisionRemember([1, 0], [1], 32, 24, 8, share=True)
     assert list(modules.readers) == ["all"] and list(modules.gates) == ["0", "1"]
