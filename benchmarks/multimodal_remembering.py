@@ -97,10 +97,7 @@ def judged(found: CutAnswers, truths: Sequence[str], kind: str) -> list[list[str
     rows = [["exact", percent(exact.accuracy), *map(percent, exact.accuracies)]]
     if kind == "list":
         remaining = found.remaining(truths)
-        rows.append(
-            ["words after the cut", percent(remaining[0].value and None), *means(remaining)]
-        )
-        rows[-1][1] = ""
+        rows.append(["words after the cut", "", *means(remaining)])
     else:
         for name, judge in (("conclusion", conclusion), ("fits its own list", consistent)):
             curve = found.curve(truths, judge)
@@ -327,8 +324,8 @@ def remember(model: MultimodalLM, data: DigitQuestions, given: argparse.Namespac
         f"The projector's 8x8 tokens are averaged; projector, language model and head (and the "
         f"modules) are trained on `list` for {given.steps} steps of {given.batch}, learning rate "
         f"{given.lr:g}, seeds {', '.join(map(str, given.seeds))}; {len(batch['answer'])} unseen "
-        "scenes of one to four digits. Mean, and smallest to largest of the seeds. The "
-        f"control has modules that read another picture. The language model has {total:,} parameters.",
+        "scenes of one to four digits. Mean, and smallest to largest of the seeds. The control has "
+        f"modules that read another picture. The language model has {total:,} parameters.",
         "",
         *table(
             ["visual tokens", "exact before", "exact", "words before", "words", "parameters added",

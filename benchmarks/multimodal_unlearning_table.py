@@ -246,7 +246,7 @@ def render(work: Path, seeds: Sequence[int]) -> str:
         entry = [next(e for e in one.models if e.name == model) for one in found]
         passes = [e.cost.get("sample_passes") for e in entry]
         cost = f"{statistics.mean(passes):,.0f}" if all(passes) else ""
-        verdicts = {str(e.details.get("verdict", "")) for e in entry}
+        verdicts = {str(e.details.get("outcome", "")) for e in entry}
         lines.append(
             f"| {model} | " + " | ".join([*cells, cost, ", ".join(sorted(verdicts))]) + " |"
         )
@@ -254,8 +254,12 @@ def render(work: Path, seeds: Sequence[int]) -> str:
 
 
 def _relearning(results: Any) -> list[tuple[str, str, str]]:
-    rows = {(row.metric, row.split) for row in results.metrics if row.family == "relearning"}
-    return [(f"{metric} ({split})" if split else metric, metric, split)
+    known = {
+        "relearn_success": "names after relearning",
+        "relearn_answer_steps": "steps until 90 % are back",
+    }
+    rows = {(row.metric, row.split) for row in results.metrics if row.metric in known}
+    return [(known[metric], metric, split)
             for metric, split in sorted(rows)]  # fmt: skip
 
 
