@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from mmforget.data.access import DataAccess
 from mmforget.data.base import View
 from mmforget.errors import CapabilityError, RequestError
@@ -14,9 +16,9 @@ from mmforget.models.base import Answers, Model
 class AnswerBan(ForgettingMethod):
     """Bans the words of forgotten answers while a language model decodes; no weight is touched.
 
-    The tokens that occur in answers of the forget set, or in the names of classes that this and
-    earlier requests forget, and in no answer of the retain set, go into ``suppress_tokens`` of the
-    network's generation configuration, which is saved with it and obeyed by transformers'
+    The tokens that occur in answers of the forget set to the first of `forget_questions`, or in the
+    names of classes that this and earlier requests forget, and in no answer of the retain set, go
+    into ``suppress_tokens`` of the network's generation configuration, which is saved with it and obeyed by transformers'
     ``generate``. This control must fail every audit that looks behind the spoken answers: the
     weights give the true answer the same probability as before, and whoever has the model deletes
     the entry. Reads the answers of both sets. There is no training:
@@ -71,7 +73,13 @@ class AnswerBan(ForgettingMethod):
         return given
 
     def _answers(self, role: Literal["forget", "retain"]) -> set[str]:
+        """Answers of a set, of the forget set those that name an entity if there are any."""
+        module: Any = self.data
         data: Any = self.data.subset("train", role)
+        if role == "forget":
+            # a *yes* to "is this ...?" is forgotten too, but it is no word of the forgotten
+            naming = data.kinds == module.forget_questions[0]
+            data = data.subset(np.flatnonzero(naming)) if naming.any() else data
         return set(data.answers)
 
     def _tokens(self, texts: set[str]) -> set[int]:

@@ -126,13 +126,13 @@ def quick() -> AuditSettings:
 @pytest.fixture(scope="session")
 def original() -> ImageClassifier:
     """Trained on everything. Tests must not change it."""
-    return train(Digits(), 0, epochs=6)
+    return train(Digits(), 0, epochs=12)
 
 
 @pytest.fixture(scope="session")
 def retrained() -> list[ImageClassifier]:
     """Trained without the eight. Tests must not change them."""
-    return [train(Digits(), seed, (8,), epochs=6) for seed in (1, 2)]
+    return [train(Digits(), seed, (8,), epochs=12) for seed in (1, 2)]
 
 
 @pytest.fixture

@@ -40,7 +40,13 @@ def banned(model: Any) -> list[str]:
 
 
 def test_the_names_are_banned_and_nothing_else(model: MultimodalLM, data: DigitQuestions) -> None:
-    """*Yes* is a forgotten answer too, but retained pictures need it."""
+    """*Yes* is a forgotten answer too, but no word of the forgotten, whatever is retained."""
+    harmless = DigitQuestions(
+        strokes=10, scenes=0, eval_scenes=0, variants=1, text_copies=1, retain_questions="harmless"
+    )
+    harmless.request(HENRY)
+    (control,) = make_controls(model, harmless, ["answer_ban"])
+    assert banned(control.model) == ["henry"]
     method = AnswerBan(model)
     method.bind(data)
     result = method.finalize()

@@ -50,7 +50,8 @@ ROWS = {
     "MMUnlearner": Checks(lambda m: MMUnlearner(m, lr=3e-3, modules="language"), epochs=4),
     "NPO": Checks(lambda m: NPO(m, lr=2e-3, retain_weight=3.0), epochs=4),
     "NPO-cache": Checks(
-        lambda m: NPO(m, lr=2e-3, reference="cache", decouple_weight=1.0), epochs=3
+        lambda m: NPO(m, lr=2e-3, reference="cache", decouple_weight=1.0, retain_weight=3.0),
+        epochs=4,
     ),
     "NPO-lora": Checks(lambda m: NPO(m, lr=1e-2, rank=4, retain="kl", retain_weight=3.0), epochs=4),
     "PreferenceOptimization": Checks(
