@@ -18,10 +18,10 @@ class AnswerBan(ForgettingMethod):
 
     The tokens that occur in answers of the forget set to the first of `forget_questions`, or in the
     names of classes that this and earlier requests forget, and in no answer of the retain set, go
-    into ``suppress_tokens`` of the network's generation configuration, which is saved with it and obeyed by transformers'
-    ``generate``. This control must fail every audit that looks behind the spoken answers: the
-    weights give the true answer the same probability as before, and whoever has the model deletes
-    the entry. Reads the answers of both sets. There is no training:
+    into ``suppress_tokens`` of the network's generation configuration, which is saved with it and
+    obeyed by transformers' ``generate``. This control must fail every audit that looks behind the
+    spoken answers: the weights give the true answer the same probability as before, and whoever has
+    the model deletes the entry. Reads the answers of both sets. There is no training:
     ``method.bind(datamodule)``, then ``method.finalize()``.
 
     Args:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+import mmforget
 from mmforget.audit import visual_forgetting_curve as module
 from mmforget.audit.visual_forgetting_curve import CutAnswers, cut_answers
+from mmforget.data.digit_questions import DigitQuestions
+from mmforget.data.digit_words import BRIDGE
 from mmforget.errors import ConfigurationError, DataError
-from mmforget.models.multimodal import MultimodalLM
+from mmforget.models.multimodal import MultimodalLM, load_multimodal
 from mmforget.retention.picture_context import Reader, prompts
 from mmforget.retention.remembering_model import RememberingLM
 from mmforget.retention.take_along import Reaffirmation
@@ -181,3 +185,46 @@ def test_bad_input(model: MultimodalLM) -> None:
         cut_answers(model, images(), QUESTIONS, removal="evicted")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="`places` is 1"):
         cut_answers(model, images(), QUESTIONS, places=1)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> MultimodalLM:
+    return load_multimodal(Path(mmforget.__file__).parent / "assets/digit_world/multimodal")
+
+
+def four_digits(kind: str, number: int) -> dict[str, Any]:
+    data = DigitQuestions(scenes=1, eval_scenes=400).probe("test", kind)
+    rows = [n for n, one in enumerate(data.answers) if len(one.split(" . ")[0].split()) == 4]
+    return dict(data[rows[:number]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removal", ["reprefill", "evict", "blank"])
+def test_a_list_needs_its_picture_to_the_end(shipped: MultimodalLM, removal: Any) -> None:
+    given = four_digits("list", 64)
+    found = cut_answers(shipped, given["images"], given["question"], places=5, removal=removal)
+    curve = found.curve(given["answer"])
+    assert curve.accuracy > 0.6
+    assert max(curve.accuracies[:4]) < 0.05 and curve.accuracies[4] == curve.accuracy
+    assert found.accuracy_without(given["answer"]).value == 0.0
+    assert all((one.value or 0.0) < 0.1 for one in found.remaining(given["answer"])[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removal", ["reprefill", "evict"])
+def test_a_conclusion_needs_the_list_only(shipped: MultimodalLM, removal: Any) -> None:
+    given = four_digits("read_then_answer", 64)
+    found = cut_answers(shipped, given["images"], given["question"], places=9, removal=removal)
+    curve = found.curve(given["answer"])
+    assert curve.accuracy > 0.6
+    assert max(curve.accuracies[:3]) < 0.1  # the list is not complete
+    assert min(curve.accuracies[5:]) > curve.accuracy - 0.05
+
+
+@pytest.mark.slow
+def test_showing_the_picture_again_mends_most(shipped: MultimodalLM) -> None:
+    given = four_digits("list", 64)
+    again = Reaffirmation(BRIDGE, 2)
+    found = cut_answers(shipped, given["images"], given["question"], places=5, again=again)
+    remaining = found.remaining(given["answer"])
+    assert min(remaining[k].value or 0.0 for k in (1, 2, 3)) > 0.5
