@@ -279,20 +279,21 @@ def remember(model: MultimodalLM, data: DigitQuestions, given: argparse.Namespac
         ("all 64 tokens", lambda seed: plain(given.model, 1, seed, given.lr))
     ]
     for pool in given.pools:
+        tokens = f"{64 // pool**2} token" + "s" * (pool < 8)
+        settings = (given.model, pool)
         variants += [
+            (tokens, lambda seed, own=settings: plain(*own, seed, given.lr)),
             (
-                f"{64 // pool**2} tokens",
-                lambda seed, pool=pool: plain(given.model, pool, seed, given.lr),
-            ),
-            (
-                f"{64 // pool**2} tokens, Vision Remember",
-                lambda seed, pool=pool: remembering(given.model, pool, seed, given.lr, False),
-            ),
-            (
-                f"{64 // pool**2} tokens, its modules on another picture",
-                lambda seed, pool=pool: remembering(given.model, pool, seed, given.lr, True),
+                f"{tokens}, Vision Remember",
+                lambda seed, own=settings: remembering(*own, seed, given.lr, False),
             ),
         ]
+    variants.append(
+        (
+            f"{tokens}, its modules on another picture",
+            lambda seed, own=settings: remembering(*own, seed, given.lr, True),
+        )
+    )
     rows = []
     for name, build in variants:
         before = lists_right(build(0), batch)
@@ -351,8 +352,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--samples", type=int, default=300, help="scenes of four digits")
     parser.add_argument("--lists", type=int, default=1000, help="test scenes of `remember`")
-    parser.add_argument("--pools", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pools", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

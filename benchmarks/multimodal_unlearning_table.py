@@ -5,8 +5,8 @@ r"""Two persons unlearnt by a model that answers questions about pictures: every
     python benchmarks/multimodal_unlearning_table.py --render        # only write the table again
 
 The shipped model of the digit questions forgets two of its ten persons: their names, when it sees
-them. Every objective is run with and without Prompt Decouple (``+PD``), with the settings of
-`configs/multimodal`; the retain stream holds harmless questions only, as in SafeEraser, so that
+them. Every objective is run with and without Prompt Decouple (``+PD``), with the settings
+below; the retain stream holds harmless questions only, as in SafeEraser, so that
 Prompt Decouple is all that tells the model to go on naming the others. Methods of the foundation
 (GS-LoRA, GS-LoRA++, NegGrad+) retain all questions, names of the others included, as they do for
 every family. One audit per seed measures all models side by side, the retrained one and the
@@ -43,6 +43,19 @@ OBJECTIVES = (
     "mm_unlearner",
 )
 FOUNDATION = ("gs_lora", "gs_lora_plus_plus", "neg_grad_plus")
+REFUSALS = ["sorry i cannot answer that", "sorry i do not know"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gradient_ascent": {"lr": 5e-4},
+    "grad_diff": {"lr": 5e-4, "max_forget_loss": 6.0},
+    "kl_minimization": {"lr": 5e-4, "max_forget_loss": 6.0},
+    "preference_optimization": {"lr": 1e-3, "refusals": REFUSALS},
+    "dpo": {"lr": 1e-3, "refusals": REFUSALS},
+    "npo": {"lr": 5e-4},
+    "sim_npo": {"lr": 5e-4},
+    "rmu": {"lr": 2e-3},
+    "mm_unlearner": {"lr": 5e-4, "modules": "both"},
+}
+"""Of the objectives, for 60 steps (40 of gradient ascent)."""
 RELEARNING: dict[str, Any] = {
     "steps": 10, "learning_rates": (5e-4,), "evaluate_every": 5, "evaluation_records": 40,
 }  # fmt: skip
@@ -86,8 +99,10 @@ def configured(variant: str) -> dict[str, Any]:
     path = ROOT / "configs" / "multimodal" / f"{method}.yaml"
     found: dict[str, Any] = yaml.safe_load(path.read_text())
     if method in OBJECTIVES:
-        found["method"].setdefault("init_args", {})
-        found["method"]["init_args"]["decouple_weight"] = "auto" if decoupled else None
+        weight = "auto" if decoupled else None
+        found["method"]["init_args"] = SETTINGS[method] | {"decouple_weight": weight}
+        steps = 40 if method == "gradient_ascent" else 60
+        found["trainer"] = {"max_epochs": 1, "limit_train_batches": steps}
         found["data"]["init_args"]["retain_questions"] = "harmless"
     return found
 
