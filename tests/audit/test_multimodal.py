@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mmforget import DigitQuestions, DigitWorld, ForgetRequest, QuestionFolder
+import mmforget
+from mmforget import DigitQuestions, DigitWorld, ForgetRequest, QuestionFolder, load_multimodal
 from mmforget.artifacts.manifest import Manifest
 from mmforget.artifacts.model_card import model_card
 from mmforget.attacks.answer_relearning import AnswerRelearningSettings
@@ -567,6 +568,31 @@ def test_controls_of_the_family(data: DigitQuestions) -> None:
     assert names == [model.processor.place["david"]]
     part = data.probe("test", "name", "forget")
     assert "david" not in spoken(banned, part) and "david" in spoken(model, part)
+
+
+@pytest.mark.slow
+def test_the_shipped_models() -> None:
+    """The one that never learnt two names hides nothing; the controls only keep silent."""
+    assets = Path(mmforget.__file__).parent / "assets" / "digit_world"
+    original = load_multimodal(assets / "multimodal")
+    other = load_multimodal(assets / "multimodal_retrained")
+    data = DigitQuestions(variants=1, scenes=100, eval_scenes=20)
+    request = ForgetRequest(classes=("david", "henry"))
+    data.request(request)
+    models = [
+        one("original", "original", original),
+        one("unlearned", "unlearned", other),
+        *make_controls(original, data),
+    ]
+    found = audit_multimodal(models, data, [request], replace(QUICK, max_samples=60))
+    assert value(found, "attack_success", "test_forget", "original") > 0.9
+    assert value(found, "attack_success", "test_forget") == 0
+    for control in ("identity", "answer ban", "head only"):
+        assert passed(found, f"self-check: control {control}") is True
+        if control != "identity":
+            assert value(found, "attack_success", "test_forget", control) < 0.05
+    for inside in ("probability of the true answer", "true answer among", "the original's head"):
+        assert passed(found, inside) is True
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
